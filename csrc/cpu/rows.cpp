@@ -1,0 +1,325 @@
+// The three verbs on the CPU. A row is a sequence of blocks: each is measured by itself, the results are merged from
+// left to right, and the finished row gives every block its part of the gradient. That sequence depends on the
+// vocabulary alone, so a row's bits depend neither on the other rows nor on the number of threads.
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+#endif
+
+#include "logits.h"
+
+namespace fused_kd {
+namespace {
+
+// Below this many columns for each, more threads cost more than they bring.
+constexpr int64_t kColumnsPerThread = 1 << 14;
+// With fewer rows than this for each thread, threads share the blocks of a row.
+constexpr int64_t kRowsPerThread = 4;
+
+struct Range {
+    int64_t begin;
+    int n;
+};
+
+// What one row needs while it is worked on.
+struct Workspace {
+    std::vector<Partial<double>> pieces;  // one a block
+    std::vector<float> kept;              // fused verb: up to three floats a column
+    float stats[FKD_STATS];
+};
+
+class Verb {
+  public:
+    Verb(const FkdRows& student, const FkdRows& teacher, const int64_t* targets, const FkdLoss& loss, int64_t threads)
+        : student_(student), teacher_(teacher), targets_(targets), loss_(loss),
+          scales_(loss.temperature),
+          teacher_factor_(static_cast<float>(loss.temperature / loss.teacher_temperature)), rows_(row_count(student)),
+          columns_(std::min(student.columns, teacher.columns)), blocks_((columns_ + kBlock - 1) / kBlock),
+          threads_(std::max<int64_t>(1, std::min(threads, rows_ * columns_ / kColumnsPerThread))),
+          split_(blocks_ > 1 && rows_ < threads_ * kRowsPerThread),
+          hard_(!loss.hard                ? Hard::off
+                : !loss.soft              ? Hard::exponential
+                : loss.temperature == 1.0 ? Hard::same
+                : loss.temperature == 2.0 ? Hard::square
+                                          : Hard::exponential) {}
+
+    int64_t first_bad_target() const {
+        for (int64_t row = 0; row < rows_; ++row)
+            if (targets_[row] > FKD_NO_LABEL && (targets_[row] < 0 || targets_[row] >= columns_)) return row;
+        return -1;
+    }
+
+    void forward(float* soft, float* hard, float* stats) const {
+        std::vector<Workspace> spaces = workspaces(0);
+        run([&](int64_t row, int64_t b) { measure(row, b, space(spaces, row), false); },
+            [&](int64_t row) { finish(row, space(spaces, row), soft, hard, stats + row * FKD_STATS); },
+            [](int64_t, int64_t) {});
+    }
+
+    void backward(const float* stats, const float* grad_soft, const float* grad_hard, const FkdRows& gradient) const {
+        prefer_huge_pages(gradient);
+        run([](int64_t, int64_t) {}, [](int64_t) {},
+            [&](int64_t row, int64_t b) {
+                const float* stat = stats + row * FKD_STATS;
+                const GradientScales r = gradient_scales(row, stat, grad_soft, grad_hard);
+                write_gradient(row, b, gradient, r, [&](Range at, float* g) {
+                    float buffers[2][kBlock];
+                    const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
+                    if (!loss_.soft) return block_hard_gradient(s, at.n, r, g);
+                    const float* t = teacher_logits(row, at, buffers[1]);
+                    block_gradient(hard_, s, t, at.n, r, scales_, g);
+                });
+            });
+    }
+
+    void fused(const float* coef_soft, const float* coef_hard, float* soft, float* hard, const FkdRows& gradient) const {
+        prefer_huge_pages(gradient);
+        std::vector<Workspace> spaces = workspaces(!loss_.soft ? 1 : hard_ == Hard::exponential ? 3 : 2);
+        run([&](int64_t row, int64_t b) { measure(row, b, space(spaces, row), true); },
+            [&](int64_t row) {
+                Workspace& w = space(spaces, row);
+                finish(row, w, soft, hard, w.stats);
+            },
+            [&](int64_t row, int64_t b) {
+                Workspace& w = space(spaces, row);
+                const GradientScales r = gradient_scales(row, w.stats, coef_soft, coef_hard);
+                write_gradient(row, b, gradient, r, [&](Range at, float* g) {
+                    const KeptFactors f = kept_factors(w.pieces[static_cast<size_t>(b)], r);
+                    const Kept kept = kept_block(w, b);
+                    loss_.soft ? block_gradient_of_kept(hard_, kept, at.n, f, g)
+                               : block_hard_gradient_of_kept(kept, at.n, f, g);
+                });
+            });
+    }
+
+  private:
+    Range range(int64_t b) const {
+        return {b * kBlock, static_cast<int>(std::min<int64_t>(kBlock, columns_ - b * kBlock))};
+    }
+    const float* teacher_logits(int64_t row, Range at, float* buffer) const {
+        const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffer);
+        if (teacher_factor_ == 1.0f) return t;
+        block_scale(t, at.n, teacher_factor_, buffer);
+        return buffer;
+    }
+    bool labelled(int64_t row) const { return hard_ != Hard::off && targets_[row] >= 0; }
+
+    // A row's workspace belongs to it alone where threads share rows, else to the thread that works on it.
+    std::vector<Workspace> workspaces(int64_t kept) const {
+        std::vector<Workspace> spaces(static_cast<size_t>(split_ ? rows_ : threads_));
+        for (Workspace& w : spaces) {
+            w.pieces.resize(static_cast<size_t>(blocks_));
+            w.kept.resize(static_cast<size_t>(kept * kept_stride()));
+        }
+        return spaces;
+    }
+    Workspace& space(std::vector<Workspace>& spaces, int64_t row) const {
+        return spaces[static_cast<size_t>(split_ ? row : omp_get_thread_num())];
+    }
+    // The three are read and written side by side: at a distance of whole pages they would evict one another.
+    int64_t kept_stride() const { return blocks_ * kBlock + 272; }
+    Kept kept_block(Workspace& w, int64_t b) const {
+        const int64_t stride = kept_stride();
+        float* first = w.kept.data() + b * kBlock;
+        if (!loss_.soft) return {nullptr, nullptr, first};
+        return {first, first + stride, hard_ == Hard::exponential ? first + 2 * stride : nullptr};
+    }
+
+    template <class Measure, class Finish, class Fill>
+    void run(const Measure& measure, const Finish& finish, const Fill& fill) const {
+        if (!split_) {
+            const int64_t chunk = std::max<int64_t>(1, kColumnsPerThread / columns_);
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads_) if (threads_ > 1)
+            for (int64_t row = 0; row < rows_; ++row) {
+                for (int64_t b = 0; b < blocks_; ++b) measure(row, b);
+                finish(row);
+                for (int64_t b = blocks_; b-- > 0;) fill(row, b);  // backwards: the last block is still in cache
+            }
+            (void)chunk;
+            return;
+        }
+#pragma omp parallel num_threads(threads_) if (threads_ > 1)
+        {
+#pragma omp for collapse(2)
+            for (int64_t row = 0; row < rows_; ++row)
+                for (int64_t b = 0; b < blocks_; ++b) measure(row, b);
+#pragma omp for
+            for (int64_t row = 0; row < rows_; ++row) finish(row);
+#pragma omp for collapse(2)
+            for (int64_t row = 0; row < rows_; ++row)
+                for (int64_t b = 0; b < blocks_; ++b) fill(row, b);
+        }
+    }
+
+    void measure(int64_t row, int64_t b, Workspace& w, bool keep) const {
+        if (targets_[row] == FKD_SKIP) return;
+        float buffers[2][kBlock];
+        const Range at = range(b);
+        Partial<double> piece;
+        const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
+        const float max_s = block_maximum(s, at.n);
+        piece.max_s = max_s;
+        const Kept kept = keep ? kept_block(w, b) : Kept{};
+        if (loss_.soft) {
+            const float* t = teacher_logits(row, at, buffers[1]);
+            const float max_t = block_maximum(t, at.n);
+            const BlockSums sums = block_sums(hard_, s, t, at.n, {max_s, max_t}, scales_, keep ? &kept : nullptr);
+            piece.max_t = max_t;
+            piece.z_s = sums.z_s;
+            piece.z_t = sums.z_t;
+            piece.b1 = sums.b1;
+            piece.b2 = sums.b2;
+            piece.z_1 = sums.z_1;
+            if (!(max_t < INFINITY)) piece.z_t = NAN;
+            if (loss_.divergence == FKD_CROSS_ENTROPY) piece.h = block_entropy_sum(t, at.n, max_t, scales_);
+        } else if (labelled(row)) {
+            piece.z_1 = block_hard_sum(s, at.n, max_s, kept.e_1);
+        }
+        if (labelled(row)) {
+            const int64_t label = targets_[row] - at.begin;
+            if (0 <= label && label < at.n) {
+                const int l = static_cast<int>(label);
+                piece.z_1 = static_cast<double>(block_hard_sum(s, l, max_s, nullptr)) +
+                            block_hard_sum(s + l + 1, at.n - l - 1, max_s, nullptr);
+            }
+            if (loss_.label_smoothing > 0) piece.sum = block_sum(s, at.n);
+        }
+        if (!(max_s < INFINITY)) piece.z_s = piece.z_1 = NAN;
+        w.pieces[static_cast<size_t>(b)] = piece;
+    }
+
+    void finish(int64_t row, const Workspace& w, float* soft, float* hard, float* stats) const {
+        soft[row] = hard[row] = 0;
+        const int64_t target = targets_[row];
+        Partial<double> total;
+        Row<double> result;
+        if (target != FKD_SKIP)
+            for (const Partial<double>& piece : w.pieces) total = merge(total, piece, scales_);
+        if (target != FKD_SKIP && loss_.soft) {
+            finish_soft(total, result);
+            const bool entropy = loss_.divergence == FKD_CROSS_ENTROPY;
+            soft[row] = static_cast<float>(result.kl + (entropy ? result.teacher_entropy : 0));
+        }
+        if (labelled(row)) {
+            const double label_logit = LogitsRow(student_, row).read(target);
+            finish_hard(total, label_logit, result);
+            double value = result.nll;
+            if (loss_.label_smoothing > 0)
+                value += loss_.label_smoothing * (label_logit - total.sum / static_cast<double>(columns_));
+            hard[row] = static_cast<float>(value);
+        }
+        const double values[FKD_STATS] = {total.max_s,      total.max_t,     total.z_s,  total.z_t,
+                                          result.log_ratio, result.hard_sum, result.miss};
+        for (int i = 0; i < FKD_STATS; ++i) stats[i] = static_cast<float>(values[i]);
+    }
+
+    GradientScales gradient_scales(int64_t row, const float* stats, const float* soft, const float* hard) const {
+        GradientScales r;
+        r.max = {stats[FKD_STUDENT_MAX], stats[FKD_TEACHER_MAX]};
+        r.per_z_s = 1 / stats[FKD_STUDENT_SUM];
+        r.per_z_t = 1 / stats[FKD_TEACHER_SUM];
+        r.log_ratio = stats[FKD_LOG_RATIO];
+        r.soft = loss_.soft ? soft[row] * scales_.unit : 0.0f;
+        r.hard = r.constant = r.at_label = 0;
+        if (labelled(row)) {
+            const float smoothing = static_cast<float>(loss_.label_smoothing);
+            r.hard = hard[row] / stats[FKD_HARD_SUM];
+            r.constant = -hard[row] * smoothing / static_cast<float>(columns_);
+            r.at_label = hard[row] * (smoothing - stats[FKD_MISS]) + r.constant;
+        }
+        return r;
+    }
+
+    // fill(columns, g) computes one block of the gradient but for the label's own element.
+    template <class Fill>
+    void write_gradient(int64_t row, int64_t b, const FkdRows& gradient, const GradientScales& r, const Fill& fill) const {
+        const LogitsRow out(gradient, row);
+        const Range at = range(b);
+        if (b == blocks_ - 1) out.write_zeros(columns_, gradient.columns);
+        if (targets_[row] == FKD_SKIP) return out.write_zeros(at.begin, at.begin + at.n);
+        const int64_t label = targets_[row] - at.begin;
+        const bool here = labelled(row) && 0 <= label && label < at.n;
+        const float at_label = here ? gradient_at_label(row, r) : 0;  // before the gradient overwrites the logits
+        float buffer[kBlock];
+        float* g = out.place(at.begin, buffer);
+        fill(at, g);
+        if (here) g[label] = at_label;
+        out.write(g, at.begin, at.n);
+    }
+
+    // softmax(s)[label] - 1 would lose what a sure student has left to learn; r.at_label has it from the other columns.
+    float gradient_at_label(int64_t row, const GradientScales& r) const {
+        if (!loss_.soft) return r.at_label;
+        const float s = LogitsRow(student_, row).read(targets_[row]);
+        const float t = LogitsRow(teacher_, row).read(targets_[row]) * teacher_factor_;
+        const Pair pair = exponentials(s, t, r.max, scales_);
+        const float log_ratio = pair.delta - r.log_ratio;
+        return r.at_label + r.soft * probability_difference(pair.e_s * r.per_z_s, pair.e_t * r.per_z_t, log_ratio);
+    }
+
+    // q - p = f_s e_s - f_t e_t = f_s (e_s - e_t) + (f_s - f_t) e_t, each factor without cancellation.
+    KeptFactors kept_factors(const Partial<double>& piece, const GradientScales& r) const {
+        const float down_s = static_cast<float>(piece.max_s - r.max.student);
+        const float down_t = static_cast<float>(piece.max_t - r.max.teacher);
+        const float f_s = std::exp2(down_s * scales_.log2) * r.per_z_s;
+        const float f_t = std::exp2(down_t * scales_.log2) * r.per_z_t;
+        const float apart = (down_s - down_t) * scales_.unit - r.log_ratio;
+        const float f_1 = std::exp2(down_s * static_cast<float>(kLog2E));
+        return {r.soft * f_s, r.soft * (std::fabs(apart) < 1 ? f_t * std::expm1(apart) : f_s - f_t),
+                r.hard * f_1, r.constant};
+    }
+
+    const FkdRows& student_;
+    const FkdRows& teacher_;
+    const int64_t* targets_;
+    const FkdLoss& loss_;
+    Scales scales_;
+    float teacher_factor_;
+    int64_t rows_, columns_, blocks_, threads_;
+    bool split_;
+    Hard hard_;
+};
+
+template <class Call>
+int64_t checked(const Verb& verb, const Call& call) {
+    const int64_t bad = verb.first_bad_target();
+    if (bad >= 0) return bad;
+    try {
+        call();
+    } catch (const std::bad_alloc&) {
+        return FKD_OUT_OF_MEMORY;
+    }
+    return FKD_DONE;
+}
+
+}  // namespace
+}  // namespace fused_kd
+
+using fused_kd::Verb;
+
+int64_t fkd_abi_version(void) { return FKD_ABI_VERSION; }
+
+int64_t fkd_rows_forward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets, const FkdLoss* loss,
+                         float* soft, float* hard, float* stats, int64_t threads) {
+    const Verb verb(*student, *teacher, targets, *loss, threads);
+    return checked(verb, [&] { verb.forward(soft, hard, stats); });
+}
+
+int64_t fkd_rows_backward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets, const FkdLoss* loss,
+                          const float* stats, const float* grad_soft, const float* grad_hard, const FkdRows* gradient,
+                          int64_t threads) {
+    const Verb verb(*student, *teacher, targets, *loss, threads);
+    return checked(verb, [&] { verb.backward(stats, grad_soft, grad_hard, *gradient); });
+}
+
+int64_t fkd_rows_fused(const FkdRows* student, const FkdRows* teacher, const int64_t* targets, const FkdLoss* loss,
+                       const float* coef_soft, const float* coef_hard, float* soft, float* hard,
+                       const FkdRows* gradient, int64_t threads) {
+    const Verb verb(*student, *teacher, targets, *loss, threads);
+    return checked(verb, [&] { verb.fused(coef_soft, coef_hard, soft, hard, *gradient); });
+}

@@ -1,0 +1,64 @@
+// The C interface of the native libraries: raw pointers, sizes, strides, dtype codes. No PyTorch header,
+// so one build serves every version of torch and Python. fused_kd/backends/cpu.py mirrors these structs.
+#pragma once
+#include <stdint.h>
+
+#ifdef _WIN32
+#define FKD_API extern "C" __declspec(dllexport)
+#else
+#define FKD_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// Raised whenever a signature or a struct below changes; the Python side refuses any other number.
+#define FKD_ABI_VERSION 1
+
+enum FkdDtype { FKD_FLOAT32 = 0, FKD_BFLOAT16 = 1, FKD_FLOAT16 = 2 };
+enum FkdDivergence { FKD_FORWARD_KL = 0, FKD_CROSS_ENTROPY = 1 };
+
+// A target says what a row is for: a label in [0, V), or one of these. Everything else is out of range.
+static const int64_t FKD_SKIP = INT64_MIN;          // no term; the row is not read
+static const int64_t FKD_NO_LABEL = INT64_MIN + 1;  // the soft term only
+
+// What the gradient needs of a row: the columns of stats[N, FKD_STATS], float32.
+enum FkdStat {
+    FKD_STUDENT_MAX, FKD_TEACHER_MAX,
+    FKD_STUDENT_SUM,   // sum of exp((s - student_max) / tau)
+    FKD_TEACHER_SUM,   // sum of exp((t - teacher_max) / tau_t)
+    FKD_LOG_RATIO,     // log(student_sum / teacher_sum), with its small values intact
+    FKD_HARD_SUM,      // sum of exp(s - student_max)
+    FKD_MISS,          // 1 - softmax(s)[label], with its small values intact
+    FKD_STATS
+};
+
+#define FKD_MAX_DIMS 8
+
+// Logits as rows of `columns` adjacent elements: row i starts at sum over d of index_d(i) * strides[d],
+// with i counted in row-major order over sizes[0..dims). Strides are in elements and may be 0 or negative.
+struct FkdRows {
+    void* data;
+    int64_t dtype;
+    int64_t columns;
+    int64_t dims;
+    int64_t sizes[FKD_MAX_DIMS];
+    int64_t strides[FKD_MAX_DIMS];
+};
+
+struct FkdLoss {
+    double temperature, teacher_temperature, label_smoothing;
+    int64_t divergence;     // FkdDivergence
+    int64_t soft, hard;     // 0: that term is off, and what only it needs is neither read nor computed
+};
+
+// The vocabulary is the columns that both have. Where the student has more, its gradient there is 0.
+enum FkdResult { FKD_DONE = -1, FKD_OUT_OF_MEMORY = -2 };
+
+// Each verb returns an FkdResult, or the first row whose target is out of range (nothing is written then).
+FKD_API int64_t fkd_abi_version(void);
+FKD_API int64_t fkd_rows_forward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
+                                 const FkdLoss* loss, float* soft, float* hard, float* stats, int64_t threads);
+FKD_API int64_t fkd_rows_backward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
+                                  const FkdLoss* loss, const float* stats, const float* grad_soft,
+                                  const float* grad_hard, const FkdRows* gradient, int64_t threads);
+FKD_API int64_t fkd_rows_fused(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
+                               const FkdLoss* loss, const float* coef_soft, const float* coef_hard, float* soft,
+                               float* hard, const FkdRows* gradient, int64_t threads);

@@ -1,0 +1,210 @@
+// The mathematics of one row, once, for every native backend. docs/design.md derives it.
+//
+//   x = s / tau,  w = t / tau,  m = max of a piece of the row,  p = softmax(w),  q = softmax(x)
+//   e_s = exp(x - m_x),  e_t = exp(w - m_w),  delta = (x - m_x) - (w - m_w),  so e_s = e_t exp(delta)
+//
+// KL(p||q) is a small difference of large numbers once the student is close. Two sums keep it exact:
+//
+//   B1 = sum e_t delta,   B2 = sum e_t phi(delta),   phi(delta) = exp(delta) - 1 - delta >= 0
+//   X = (B1 + B2) / Z_t = Z_s / Z_t - 1,   KL = log1p(X) - X + B2 / Z_t = log(Z_s / Z_t) - B1 / Z_t
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define FKD_MATH static __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define FKD_MATH static inline __attribute__((always_inline))
+#else
+#define FKD_MATH static inline
+#endif
+
+namespace fused_kd {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr float kLowest = -3.402823466e38f;
+
+// Below this exponent of 2 an exponential is 0: a p or q that float32 cannot hold counts as 0.
+constexpr float kFlush = -126.0f;
+// Below this |delta|, exp(delta) - 1 comes from a polynomial; above it, from the difference of two exponentials.
+constexpr float kSmall = 0.125f;
+
+// 2^x for x <= 0: exactly 1 at 0, exactly 0 below kFlush, relative error below 2e-7. NaN may come out as anything:
+// a row with a NaN is recognised by its maximum.
+FKD_MATH float exp2_of(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    const float shifted = x + magic;
+    const float f = x - (shifted - magic);
+    float p = 1.3264727e-3f;  // minimax of 2^f on [-1/2, 1/2]
+    p = p * f + 9.671513e-3f;
+    p = p * f + 5.5507336e-2f;
+    p = p * f + 0.24022242f;
+    p = p * f + 0.693147f;
+    p = p * f + 1.0f;
+    uint32_t bits, exponent;
+    std::memcpy(&bits, &p, 4);
+    std::memcpy(&exponent, &shifted, 4);
+    bits += exponent << 23;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return x < kFlush ? 0.0f : y;
+#endif
+}
+
+// phi(delta) / delta for |delta| < kSmall.
+FKD_MATH float phi_over_delta(float d) {
+    return d * (0.5f + d * (1.0f / 6 + d * (1.0f / 24 + d * (1.0f / 120))));
+}
+
+// What the temperature makes of a logit. The teacher's own temperature is a factor tau / tau_t on its logits, so here
+// there is one temperature.
+struct Scales {
+    float log2;  // log2(e) / tau
+    float unit;  // 1 / tau
+
+    explicit Scales(double temperature)
+        : log2(static_cast<float>(kLog2E / temperature)), unit(static_cast<float>(1 / temperature)) {}
+};
+
+// The point that a piece of a row is measured from: its maxima, or kLowest where all of it is -inf.
+struct Centre {
+    float student, teacher;
+};
+
+// How exp(s - max) follows from e_s = exp((s - max) / tau): a power of it, or an exponential of its own.
+enum class Hard { off, same, square, exponential };
+
+// exp(s - max), at temperature 1.
+template <Hard hard>
+FKD_MATH float hard_exponential(float e_s, float s, float student_max) {
+    if (hard == Hard::same) return e_s;
+    if (hard == Hard::square) return e_s * e_s;
+    return exp2_of((s - student_max) * static_cast<float>(kLog2E));
+}
+
+struct Pair {
+    float e_s, e_t, delta;
+};
+
+FKD_MATH Pair exponentials(float s, float t, const Centre& m, const Scales& k) {
+    Pair r;
+    r.e_s = exp2_of((s - m.student) * k.log2);
+    r.e_t = exp2_of((t - m.teacher) * k.log2);
+    // s - t first: it is exact where the two are close, and that is where delta has to be.
+    r.delta = ((s - t) - (m.student - m.teacher)) * k.unit;
+    return r;
+}
+
+// One column's share of B1 and B2, and e_s - e_t without cancellation.
+struct Share {
+    float b1, b2, excess;
+};
+
+// (Scalars, not a Pair: GCC 12 does not vectorise a loop that takes the address of a struct of its own.)
+FKD_MATH Share share(float e_s, float e_t, float delta) {
+    const float plain = e_s - e_t;
+    const float b1 = e_t > 0 ? e_t * delta : 0.0f;  // 0 log 0 = 0; -inf student: -inf
+    const bool small = std::fabs(delta) < kSmall;
+    const float b2 = small ? b1 * phi_over_delta(delta) : plain - b1;
+    return {b1, b2, small ? b1 + b2 : plain};
+}
+
+// q - p from p, q and log(q / p), without cancellation.
+FKD_MATH float probability_difference(float q, float p, float log_ratio) {
+    return std::fabs(log_ratio) < kSmall ? p * (log_ratio + log_ratio * phi_over_delta(log_ratio)) : q - p;
+}
+
+// A piece of a row. Pieces merge associatively, whatever maxima they were measured from.
+template <class Real>
+struct Partial {
+    Real max_s = kLowest, max_t = kLowest;
+    Real z_s = 0, z_t = 0;    // sums of e_s, e_t
+    Real b1 = 0, b2 = 0;
+    Real h = 0;               // sum of e_t log2(e_t), for the teacher's entropy
+    Real z_1 = 0;             // sum of exp(s - max_s) over the columns other than the label
+    Real sum = 0;             // sum of s, for label smoothing
+};
+
+template <class Real>
+FKD_MATH Real larger(Real a, Real b) { return a > b ? a : b; }
+
+// Moves a piece to maxima at least as large as its own. With r_s, r_t the factors of e_s, e_t, delta grows by
+// d = log(r_s / r_t), and every product below is bounded however far apart the two scales are.
+template <class Real>
+FKD_MATH Partial<Real> moved(const Partial<Real>& a, Real max_s, Real max_t, const Scales& k) {
+    const Real down_s = a.max_s - max_s, down_t = a.max_t - max_t;
+    if (down_s == 0 && down_t == 0) return a;
+    const Real r_s = std::exp2(down_s * k.log2), r_t = std::exp2(down_t * k.log2);
+    const Real d = (down_s - down_t) * k.unit;
+    const Real excess = std::fabs(d) < 1 ? r_t * std::expm1(d) : r_s - r_t;
+    Partial<Real> r;
+    r.max_s = max_s;
+    r.max_t = max_t;
+    r.z_s = r_s * a.z_s;
+    r.z_t = r_t * a.z_t;
+    if (r_t > 0) {
+        r.b1 = r_t * (a.b1 + d * a.z_t);
+        r.b2 = (excess - r_t * d) * a.z_t + excess * a.b1 + r_s * a.b2;
+        r.h = r_t * (a.h + down_t * k.log2 * a.z_t);
+    } else {
+        r.b2 = r.z_s;  // no teacher left here: phi has become exp
+    }
+    r.z_1 = a.z_1 == 0 ? a.z_1 : a.z_1 * std::exp2(down_s * static_cast<Real>(kLog2E));
+    r.sum = a.sum;
+    return r;
+}
+
+template <class Real>
+FKD_MATH Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b, const Scales& k) {
+    const Real max_s = larger(a.max_s, b.max_s), max_t = larger(a.max_t, b.max_t);
+    const Partial<Real> l = moved(a, max_s, max_t, k), r = moved(b, max_s, max_t, k);
+    Partial<Real> c;
+    c.max_s = max_s;
+    c.max_t = max_t;
+    c.z_s = l.z_s + r.z_s;
+    c.z_t = l.z_t + r.z_t;
+    c.b1 = l.b1 + r.b1;
+    c.b2 = l.b2 + r.b2;
+    c.h = l.h + r.h;
+    c.z_1 = l.z_1 + r.z_1;
+    c.sum = l.sum + r.sum;
+    return c;
+}
+
+// What a finished row says.
+template <class Real>
+struct Row {
+    Real kl = 0, teacher_entropy = 0, log_ratio = 0;  // log_ratio = log(Z_s / Z_t)
+    Real nll = 0, hard_sum = 0, miss = 0;             // miss = 1 - softmax(s)[label]
+};
+
+template <class Real>
+FKD_MATH void finish_soft(const Partial<Real>& a, Row<Real>& row) {
+    const Real x = (a.b1 + a.b2) / a.z_t, second = a.b2 / a.z_t;
+    const Real direct = std::log(a.z_s / a.z_t);
+    row.log_ratio = std::fabs(x) < Real(0.5) ? std::log1p(x) : direct;
+    // Close to the teacher, B2 carries the value; far from it, B2 is large and B1 does.
+    const Real kl = std::fabs(x) + second < 1 ? std::log1p(x) - x + second : direct - a.b1 / a.z_t;
+    row.kl = kl < 0 ? Real(0) : kl;
+    row.teacher_entropy = std::log(a.z_t) - a.h / a.z_t * static_cast<Real>(kLn2);
+    if (a.z_s == 0 || a.z_t == 0) row.kl = row.log_ratio = row.teacher_entropy = NAN;  // a row of -inf
+}
+
+// -log softmax(s)[label] from the other columns' sum: a sure and right student keeps its digits.
+template <class Real>
+FKD_MATH void finish_hard(const Partial<Real>& a, Real label_logit, Row<Real>& row) {
+    const Real below = a.max_s - label_logit;
+    const Real own = std::exp2(-below * static_cast<Real>(kLog2E));
+    row.hard_sum = a.z_1 + own;
+    row.miss = a.z_1 / row.hard_sum;
+    row.nll = below < 30 ? std::log1p(a.z_1 / own) : below + std::log(row.hard_sum);
+    if (row.hard_sum == 0) row.nll = row.miss = NAN;  // a row of -inf
+}
+
+}  // namespace fused_kd
