@@ -1,0 +1,7 @@
+"""fused_kd: the knowledge-distillation loss for large vocabularies, without a temporary of the logits' size."""
+
+from fused_kd.functional import KDLossOutput, fused_kd_loss
+from fused_kd.loss import FusedKDLoss
+
+__version__ = "0.1.0"
+__all__ = ["FusedKDLoss", "KDLossOutput", "fused_kd_loss"]

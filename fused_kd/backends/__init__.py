@@ -1,0 +1,48 @@
+"""The row operations, and the one place that chooses who runs them.
+
+A backend is a module with a `NAME`, `unavailable()`, `refuses(student, teacher)` and the same three verbs. Rows are
+the positions of logits [..., V] in row-major order; `targets` says what each row is for: a label, or one of the two
+constants in `fused_kd.backends.rows`.
+
+    rows_forward (student, teacher, targets, rows)                         -> soft[N], hard[N], stats[N, k]
+    rows_backward(student, teacher, targets, stats, gs[N], gh[N], rows, out)  writes d(sum gs soft + gh hard)/d student
+    rows_fused   (student, teacher, targets, gs[N], gh[N], rows, out)      -> soft[N], hard[N], and writes as above
+
+Adding a backend is one file, and its name in `PREFERENCE`.
+"""
+
+import os
+from types import ModuleType
+
+from torch import Tensor
+
+from fused_kd.backends import cpu, pytorch
+
+# In the order in which "auto" tries them.
+PREFERENCE: dict[str, ModuleType] = {backend.NAME: backend for backend in (cpu, pytorch)}
+
+VARIABLE = "FUSED_KD_BACKEND"
+
+
+def refusal(backend: ModuleType, student: Tensor, teacher: Tensor) -> str | None:
+    """Why this backend cannot take these tensors, or None."""
+    reason: str | None = backend.unavailable() or backend.refuses(student, teacher)
+    return reason
+
+
+def choose(name: str, student: Tensor, teacher: Tensor) -> ModuleType:
+    """The backend for these tensors. "auto" takes the variable FUSED_KD_BACKEND, else the first that can.
+
+    Raises ValueError for an unknown name, and for a named backend that cannot take the tensors.
+    """
+    source = "backend"
+    if name == "auto":
+        name, source = os.environ.get(VARIABLE, "auto"), VARIABLE
+    if name == "auto":
+        return next(backend for backend in PREFERENCE.values() if refusal(backend, student, teacher) is None)
+    if name not in PREFERENCE:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, ('auto', *PREFERENCE)))}, got {name!r}")
+    reason = refusal(PREFERENCE[name], student, teacher)
+    if reason is not None:
+        raise ValueError(f"{source}={name!r} cannot be used: {reason}")
+    return PREFERENCE[name]

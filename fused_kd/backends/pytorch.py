@@ -1,0 +1,222 @@
+"""Plain PyTorch, a few rows at a time: any device, any floating dtype, bounded memory.
+
+The same sums as csrc/row_math.h, which stay exact when the student is close to the teacher; docs/design.md derives
+them. Rows are finished in float64 where the device has it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.rows import (
+    HARD_SUM,
+    LOG_RATIO,
+    MISS,
+    NO_LABEL,
+    SKIP,
+    STATS,
+    STUDENT_MAX,
+    STUDENT_SUM,
+    TEACHER_MAX,
+    TEACHER_SUM,
+    RowOptions,
+    bad_target,
+    vocabulary,
+)
+
+NAME = "torch"
+
+_CHUNK = 1 << 20  # elements worked on at a time
+_SMALL = 0.125  # below this |delta| a polynomial is more exact than a difference of exponentials
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def refuses(student: Tensor, teacher: Tensor) -> str | None:
+    return None
+
+
+def rows_forward(
+    student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_targets(student, teacher, targets)
+    rows = targets.numel()
+    dtype = _row_dtype(student, teacher)
+    soft, hard = student.new_zeros(rows, dtype=dtype), student.new_zeros(rows, dtype=dtype)
+    stats = student.new_zeros((rows, STATS), dtype=dtype)
+    for chunk in _chunks(student, teacher, targets, options):
+        chunk.finish(soft, hard, stats)
+    return soft, hard, stats
+
+
+def rows_backward(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    grad_soft: Tensor,
+    grad_hard: Tensor,
+    options: RowOptions,
+    out: Tensor,
+) -> None:
+    for chunk in _chunks(student, teacher, targets, options):
+        chunk.write_gradient(stats, grad_soft, grad_hard, out)
+
+
+def rows_fused(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    coef_soft: Tensor,
+    coef_hard: Tensor,
+    options: RowOptions,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    soft, hard, stats = rows_forward(student, teacher, targets, options)
+    rows_backward(student, teacher, targets, stats, coef_soft, coef_hard, options, out)
+    return soft, hard
+
+
+def _row_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+def _in_range(targets: Tensor, columns: int) -> Tensor:
+    return ((targets >= 0) & (targets < columns)) | (targets == SKIP) | (targets == NO_LABEL)
+
+
+def _check_targets(student: Tensor, teacher: Tensor, targets: Tensor) -> None:
+    if targets.device.type != "cpu":
+        return  # no synchronisation: such a row becomes NaN
+    columns = vocabulary(student, teacher)
+    bad = (~_in_range(targets, columns)).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise bad_target(row, int(targets[row]), columns)
+
+
+def _chunks(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions) -> Iterator["_Chunk"]:
+    columns, rows = vocabulary(student, teacher), targets.numel()
+    step = max(1, _CHUNK // max(1, columns))
+    for begin in range(0, rows, step):
+        span = torch.arange(begin, min(begin + step, rows), device=student.device)
+        # Indexing reads these rows alone, whatever the strides; a reshape could copy the whole tensor.
+        index = torch.unravel_index(span, student.shape[:-1]) if student.dim() > 1 else (None,)
+        yield _Chunk(student, teacher, targets, options, span, index, columns)
+
+
+@dataclass
+class _Chunk:
+    student: Tensor
+    teacher: Tensor
+    targets: Tensor
+    options: RowOptions
+    span: Tensor
+    index: tuple[Tensor | None, ...]
+    columns: int
+
+    def __post_init__(self) -> None:
+        o = self.options
+        dtype = _row_dtype(self.student, self.teacher)
+        self.scale = 1 / o.temperature
+        self.s = self.student[self.index][:, : self.columns].to(dtype)
+        # The teacher's own temperature is a factor on its logits.
+        self.t = self.teacher[self.index][:, : self.columns].to(dtype) * (o.temperature / o.teacher_temperature)
+        target = self.targets[self.span]
+        self.counted = target != SKIP
+        self.labelled = self.counted & (target != NO_LABEL)
+        self.valid = _in_range(target, self.columns)
+        self.label = torch.where(self.labelled & self.valid, target, 0).unsqueeze(1)
+
+    def _pair(self, max_s: Tensor, max_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """e_s, e_t and delta: e_s = e_t exp(delta)."""
+        e_s = ((self.s - max_s) * self.scale).exp()
+        e_t = ((self.t - max_t) * self.scale).exp()
+        # s - t first: it is exact where the two are close, and that is where delta has to be.
+        return e_s, e_t, ((self.s - self.t) - (max_s - max_t)) * self.scale
+
+    def finish(self, soft: Tensor, hard: Tensor, stats: Tensor) -> None:
+        o = self.options
+        final = torch.float64 if self.s.device.type != "mps" else torch.float32
+        nan = torch.full((), torch.nan, dtype=final, device=self.s.device)
+        stat = torch.zeros((len(self.span), STATS), dtype=final, device=self.s.device)
+        max_s = _maximum(self.s)
+        stat[:, STUDENT_MAX] = max_s.squeeze(1).to(final)
+        if o.soft:
+            max_t = _maximum(self.t)
+            e_s, e_t, delta = self._pair(max_s, max_t)
+            plain = e_s - e_t
+            b1 = torch.where(e_t == 0, 0.0, e_t * delta)  # 0 log 0 = 0
+            b2 = torch.where(delta.abs() < _SMALL, b1 * _phi_over_delta(delta), plain - b1)
+            z_s, z_t, b1_sum, b2_sum = (x.sum(-1, dtype=final) for x in (e_s, e_t, b1, b2))
+            x, second, direct = (b1_sum + b2_sum) / z_t, b2_sum / z_t, (z_s / z_t).log()
+            near = x.abs() + second < 1
+            kl = torch.where(near, x.log1p() - x + second, direct - b1_sum / z_t).clamp(min=0)
+            whole = (z_s != 0) & (z_t != 0)  # else a row of -inf
+            value = kl
+            if o.divergence == "cross_entropy":
+                log_e_t = (self.t - max_t) * self.scale
+                entropy_sum = torch.where(e_t == 0, 0.0, e_t * log_e_t).sum(-1, dtype=final)
+                value = kl + z_t.log() - entropy_sum / z_t
+            soft[self.span] = self._kept(self.counted, torch.where(whole, value, nan)).to(soft.dtype)
+            stat[:, TEACHER_MAX] = max_t.squeeze(1).to(final)
+            stat[:, STUDENT_SUM] = torch.where(whole, z_s, nan)
+            stat[:, TEACHER_SUM] = torch.where(whole, z_t, nan)
+            stat[:, LOG_RATIO] = torch.where(x.abs() < 0.5, x.log1p(), direct)
+        if o.hard:
+            e_1 = (self.s - max_s).exp()
+            others = e_1.scatter(1, self.label, 0.0).sum(-1, dtype=final)
+            logit = self.s.gather(1, self.label).squeeze(1).to(final)
+            below = max_s.squeeze(1).to(final) - logit
+            own = (-below).exp()
+            total = torch.where(others + own == 0, nan, others + own)
+            # From the other columns' sum: a sure and right student keeps its digits.
+            nll = torch.where(below < 30, (others / own).log1p(), below + total.log())
+            if o.label_smoothing > 0:
+                nll = nll + o.label_smoothing * (logit - self.s.mean(-1, dtype=final))
+            hard[self.span] = self._kept(self.labelled, nll).to(hard.dtype)
+            stat[:, HARD_SUM] = total
+            stat[:, MISS] = others / total
+        stats[self.span] = stat.to(stats.dtype)
+
+    def write_gradient(self, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
+        o = self.options
+        stat = stats[self.span].unsqueeze(1)
+        gradient = torch.zeros_like(self.s)
+        if o.soft:
+            e_s, e_t, delta = self._pair(stat[..., STUDENT_MAX], stat[..., TEACHER_MAX])
+            q, p = e_s / stat[..., STUDENT_SUM], e_t / stat[..., TEACHER_SUM]
+            log_ratio = delta - stat[..., LOG_RATIO]
+            difference = torch.where(log_ratio.abs() < _SMALL, p * log_ratio.expm1(), q - p)
+            gradient = difference * (grad_soft[self.span] * self.scale).unsqueeze(1)
+        if o.hard:
+            q1 = (self.s - stat[..., STUDENT_MAX]).exp() / stat[..., HARD_SUM]
+            rise = q1.scatter(1, self.label, -stat[..., MISS])
+            if o.label_smoothing > 0:
+                rise = rise - o.label_smoothing / self.columns
+                rise.scatter_add_(1, self.label, torch.full_like(rise[:, :1], o.label_smoothing))
+            rise = torch.where(self.labelled.unsqueeze(1), rise, 0.0)
+            gradient = gradient + rise * grad_hard[self.span].unsqueeze(1)
+        rows = torch.zeros((len(self.span), out.shape[-1]), dtype=out.dtype, device=out.device)
+        rows[:, : self.columns] = self._kept(self.counted, gradient.T).T.to(out.dtype)
+        out[self.index] = rows
+
+    def _kept(self, rows: Tensor, values: Tensor) -> Tensor:
+        """`values` [..., n] where `rows` says so, else exactly 0; NaN where the target is out of range."""
+        return torch.where(self.valid, torch.where(rows, values, 0.0), torch.nan)
+
+
+def _maximum(logits: Tensor) -> Tensor:
+    """[n, 1]; finite for a row of -inf, so that its exponentials are 0 and not NaN."""
+    return logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+
+
+def _phi_over_delta(d: Tensor) -> Tensor:
+    """(exp(d) - 1 - d) / d for |d| < 1/8."""
+    if d.dtype == torch.float64:
+        return torch.where(d == 0, 0.0, (d.expm1() - d) / d)
+    return d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120))))

@@ -1,0 +1,46 @@
+"""What every backend knows of rows."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# What a target says when it is not a label. csrc/fused_kd.h has the same two.
+SKIP = -(2**63)  # no term: the row is not read, and its gradient is 0
+NO_LABEL = SKIP + 1  # the soft term only
+
+
+# What the gradient needs of a row: the columns of stats [N, STATS]. With e_s = exp((s - max) / tau):
+(
+    STUDENT_MAX,
+    TEACHER_MAX,
+    STUDENT_SUM,  # sum of e_s
+    TEACHER_SUM,  # sum of e_t
+    LOG_RATIO,  # log(sum of e_s / sum of e_t), with its small values intact
+    HARD_SUM,  # sum of exp(s - max)
+    MISS,  # 1 - softmax(s)[label], with its small values intact
+    STATS,
+) = range(8)
+
+
+class RowOptions(NamedTuple):
+    """What the mathematics of a row depends on. A term that is switched off is neither read for nor computed."""
+
+    temperature: float
+    teacher_temperature: float
+    divergence: str
+    label_smoothing: float
+    soft: bool
+    hard: bool
+    backend: str  # "auto" or a name
+
+
+def vocabulary(student: Tensor, teacher: Tensor) -> int:
+    """The columns that both have."""
+    return min(student.shape[-1], teacher.shape[-1])
+
+
+def bad_target(row: int, label: int, columns: int) -> IndexError:
+    return IndexError(
+        f"labels: row {row} has the label {label}, which is not in [0, {columns}) and is not ignore_index; "
+        "correct the labels, or name the value that marks positions without one as ignore_index"
+    )

@@ -1,0 +1,139 @@
+"""The checks of the tensors that the loss is called with. Nothing here reads a value on a GPU."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_kd.options import KDOptions
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_logits(student: Tensor, teacher: Tensor, options: KDOptions) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}; a model's output has .logits")
+        if logits.dtype not in _FLOATING:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {logits.dtype}")
+        if logits.dim() == 0 or logits.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must have the shape [..., V] with at least one column, got {tuple(logits.shape)}"
+            )
+        if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must have unit stride in its last dimension, the vocabulary, got the strides "
+                f"{tuple(logits.stride())}; nothing is copied silently: pass {name}.contiguous()"
+            )
+    shapes = f"student_logits {tuple(student.shape)}, teacher_logits {tuple(teacher.shape)}"
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(f"teacher_logits must have the student's leading shape, got {shapes}")
+    if student.shape[-1] != teacher.shape[-1] and options.vocab_mismatch == "error":
+        raise ValueError(
+            f"teacher_logits must have the student's vocabulary, got {shapes}; if the columns that both have mean "
+            'the same tokens, vocab_mismatch="truncate" compares those'
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher_logits must be on the student's device, got student_logits on {student.device} and "
+            f"teacher_logits on {teacher.device}"
+        )
+    if student.dim() == 1 and (options.shift or options.reduction == "batchmean"):
+        name = "shift=True" if options.shift else 'reduction="batchmean"'
+        raise ValueError(f"{name} needs student_logits [..., T, V], got {tuple(student.shape)}")
+
+
+def check_labels(labels: Tensor | None, student: Tensor, options: KDOptions) -> None:
+    if labels is None:
+        if options.weight_of_hard > 0:
+            raise ValueError(
+                f"labels must be given while the hard term has a weight (hard_weight is {options.weight_of_hard:g}); "
+                "for the soft term alone use alpha=1, or hard_weight=0"
+            )
+        return
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64 tensor of token ids, got {got}; use labels.long()")
+    _check_shape("labels", labels, student)
+
+
+def check_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
+    """The weights, with NaN for those that may not be and could not be refused without a synchronisation."""
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights must be a floating tensor, got {got}; for a mask use weights=mask.float()")
+    _check_shape("weights", weights, student)
+    fits = torch.isfinite(weights) & (weights >= 0)
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not fits.all():
+        row = int((~fits.reshape(-1)).nonzero()[0])
+        raise ValueError(
+            f"weights must be finite and at least 0, got {float(weights.reshape(-1)[row])} in row {row}"
+        )
+    return torch.where(fits, weights, torch.nan)
+
+
+def check_num_items(num_items: float | Tensor | None, student: Tensor, options: KDOptions) -> None:
+    if num_items is None:
+        return
+    if options.reduction != "mean":
+        raise ValueError(
+            f'num_items replaces the denominator of reduction="mean", but reduction is {options.reduction!r}; '
+            "leave one of the two out"
+        )
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must have one element, got the shape {tuple(num_items.shape)}")
+        if num_items.device not in (student.device, torch.device("cpu")) or num_items.dim() > 0:
+            if num_items.device != student.device:
+                raise ValueError(
+                    f"num_items must be on the logits' device {student.device}, got {num_items.device}"
+                )
+    elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
+        raise TypeError(f"num_items must be a number or a tensor, got {type(num_items).__name__}")
+    elif not (math.isfinite(num_items) and num_items >= 0):
+        raise ValueError(f"num_items must be finite and at least 0, got {num_items}")
+
+
+def check_inplace(student: Tensor, teacher: Tensor) -> None:
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        return  # there will be no backward, so nothing is overwritten
+    remedy = "use inplace=False"
+    base = student._base if student._is_view() else student
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise ValueError(
+            "inplace=True needs student_logits that a model computed, got a leaf tensor (or a view of one), whose "
+            f"storage is its owner's; {remedy}"
+        )
+    if _overlaps_itself(student):
+        raise ValueError(
+            "inplace=True needs student_logits whose elements are all apart in memory, got an expanded or overlapping "
+            f"tensor of shape {tuple(student.shape)} and strides {tuple(student.stride())}; {remedy}"
+        )
+    if not torch.compiler.is_compiling():
+        if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+            raise ValueError(
+                f"inplace=True would overwrite teacher_logits, which share the student's storage; {remedy}"
+            )
+
+
+def _check_shape(name: str, values: Tensor, student: Tensor) -> None:
+    if values.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the logits' leading shape {tuple(student.shape[:-1])}, got {tuple(values.shape)} "
+            f"for student_logits {tuple(student.shape)}"
+        )
+    if values.device != student.device:
+        raise ValueError(f"{name} must be on the logits' device {student.device}, got {values.device}")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share a place: each stride must reach past all that the smaller ones span."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False

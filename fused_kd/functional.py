@@ -1,0 +1,210 @@
+"""The loss as a function: arguments are checked, rows get their targets, and what the rows give is reduced.
+
+Everything here but the two tensors of logits is a vector with one number a row, in ordinary PyTorch.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.autograd import FusedKDFunction
+from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions
+from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights
+from fused_kd.options import Divergence, KDOptions, Reduction, VocabMismatch
+
+
+class KDLossOutput(NamedTuple):
+    """What `return_parts=True` gives: loss = alpha * temperature**2 * soft + hard_weight * hard.
+
+    `soft` (without the factor) and `hard` are reduced like the loss, and detached. A term whose weight is 0 is not
+    computed: None.
+    """
+
+    loss: Tensor
+    soft: Tensor | None
+    hard: Tensor | None
+
+
+def fused_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = KDOptions.temperature,
+    alpha: float = KDOptions.alpha,
+    hard_weight: float | None = KDOptions.hard_weight,
+    teacher_temperature: float | None = KDOptions.teacher_temperature,
+    t2_scaling: bool = KDOptions.t2_scaling,
+    divergence: Divergence = KDOptions.divergence,
+    reduction: Reduction = KDOptions.reduction,
+    ignore_index: int = KDOptions.ignore_index,
+    soft_on_ignored: bool = KDOptions.soft_on_ignored,
+    shift: bool = KDOptions.shift,
+    label_smoothing: float = KDOptions.label_smoothing,
+    vocab_mismatch: VocabMismatch = KDOptions.vocab_mismatch,
+    inplace: bool = KDOptions.inplace,
+    return_parts: bool = KDOptions.return_parts,
+    backend: str = KDOptions.backend,
+    num_items: float | Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor | KDLossOutput:
+    """The distillation loss of Hinton, Vinyals and Dean (2015), "Distilling the Knowledge in a Neural Network".
+
+    For one position, with p = softmax(t / teacher_temperature), q = softmax(s / temperature), q1 = softmax(s):
+
+        alpha * temperature**2 * KL(p || q)  +  hard_weight * -log q1[label]
+
+    Neither the forward nor the backward allocates anything of the logits' size but the gradient. Differentiable once,
+    in the student's logits; the teacher is a constant, whatever its requires_grad.
+
+    Args:
+        student_logits: [..., V], float32, float16, bfloat16 or float64, any strides with unit stride in V.
+        teacher_logits: [..., V] with the same leading shape, on the same device; its dtype may differ.
+        labels: the logits' leading shape, int64. None needs hard_weight == 0.
+        temperature: tau > 0 of both softmaxes of the soft term.
+        alpha: weight of the soft term, in [0, 1] unless hard_weight is given.
+        hard_weight: weight of the hard term; None: 1 - alpha. The paper's L = KD + w CE is alpha=1, hard_weight=w.
+        teacher_temperature: the teacher's own tau; None: temperature.
+        t2_scaling: multiply the soft term by temperature**2, which keeps its gradient's size when tau changes.
+        divergence: "forward_kl", KL(p || q), or "cross_entropy", -sum p log q: the same gradient, and the teacher's
+            entropy added to the value.
+        reduction: "mean": each term over its own rows, weighted by `weights`. "sum". "batchmean": the sum divided by
+            student_logits.shape[0]. "none": one loss a position, in the leading shape, 0 where nothing counts.
+        ignore_index: a position with this label has no term.
+        soft_on_ignored: ... but keeps the soft term: a transfer set of which only a part is labelled.
+        shift: score position i against the label (and weight) of position i + 1, without a copy. The last position
+            has no term.
+        label_smoothing: of the hard term, in [0, 1], as in torch.nn.functional.cross_entropy.
+        vocab_mismatch: "error", or "truncate" to the columns that both have.
+        inplace: the backward overwrites student_logits with the gradient instead of allocating it.
+        return_parts: return a KDLossOutput.
+        backend: "auto", "cpu" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND, else the first that
+            fits. `fused-kd info` lists them.
+        num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as
+            the count of labelled positions over all micro-batches of a step.
+        weights: the logits' leading shape, floating, finite and at least 0; 0 is an ignored position.
+
+    Returns:
+        The loss, float32 (float64 if either logits are): a scalar, or the leading shape with reduction="none".
+        No counted position: 0, with a zero gradient.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it and what to do.
+        IndexError: on the CPU, a label outside [0, V) that is not ignore_index. On other devices, and for weights
+            that are negative or not finite, the position is NaN instead: telling would need a synchronisation.
+    """
+    options = KDOptions(
+        temperature=temperature,
+        alpha=alpha,
+        hard_weight=hard_weight,
+        teacher_temperature=teacher_temperature,
+        t2_scaling=t2_scaling,
+        divergence=divergence,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        soft_on_ignored=soft_on_ignored,
+        shift=shift,
+        label_smoothing=label_smoothing,
+        vocab_mismatch=vocab_mismatch,
+        inplace=inplace,
+        return_parts=return_parts,
+        backend=backend,
+    )
+    return compute(student_logits, teacher_logits, labels, num_items, weights, options)
+
+
+def compute(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    num_items: float | Tensor | None,
+    weights: Tensor | None,
+    options: KDOptions,
+) -> Tensor | KDLossOutput:
+    """`fused_kd_loss` with its options checked."""
+    check_logits(student_logits, teacher_logits, options)
+    check_labels(labels, student_logits, options)
+    check_num_items(num_items, student_logits, options)
+    weights = check_weights(weights, student_logits)
+    if options.inplace:
+        check_inplace(student_logits, teacher_logits)
+
+    rows = RowOptions(
+        temperature=float(options.temperature),
+        teacher_temperature=float(options.teacher_temperature or options.temperature),
+        divergence=options.divergence,
+        label_smoothing=float(options.label_smoothing),
+        soft=options.alpha > 0,
+        hard=options.weight_of_hard > 0,
+        backend=options.backend,
+    )
+    soft_on_ignored = options.soft_on_ignored and rows.soft
+    targets = _targets(student_logits, labels, weights, options.ignore_index, NO_LABEL if soft_on_ignored else SKIP)
+    if options.shift:
+        targets = _shifted(targets, SKIP)
+        weights = None if weights is None else _shifted(weights, 0.0)
+    teacher = teacher_logits.detach()
+    soft, hard, _ = FusedKDFunction.apply(student_logits, teacher, targets.reshape(-1), rows, options.inplace)
+
+    counted = targets != SKIP
+    labelled = counted & (targets != NO_LABEL) if soft_on_ignored else counted
+    soft_term = _reduce(soft, counted, weights, num_items, options.reduction) if rows.soft else None
+    hard_term = _reduce(hard, labelled, weights, num_items, options.reduction) if rows.hard else None
+    if hard_term is None:
+        assert soft_term is not None  # the options see to it that one of the two is on
+        loss = options.weight_of_soft * soft_term
+    elif soft_term is None:
+        loss = options.weight_of_hard * hard_term
+    else:
+        loss = options.weight_of_soft * soft_term + options.weight_of_hard * hard_term
+    if not options.return_parts:
+        return loss
+    return KDLossOutput(
+        loss,
+        None if soft_term is None else soft_term.detach(),
+        None if hard_term is None else hard_term.detach(),
+    )
+
+
+def _targets(
+    student: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_index: int, ignored: int
+) -> Tensor:
+    """What each position is for: its label, SKIP or NO_LABEL, in the logits' leading shape."""
+    if labels is None:
+        targets = student.new_full(student.shape[:-1], NO_LABEL, dtype=torch.int64)
+    else:
+        targets = labels.masked_fill(labels == ignore_index, ignored)
+    return targets if weights is None else targets.masked_fill(weights == 0, SKIP)
+
+
+def _shifted(values: Tensor, last: float) -> Tensor:
+    """Position i gets what belongs to position i + 1."""
+    if values.shape[-1] == 0:
+        return values
+    return torch.cat([values[..., 1:], values.new_full((*values.shape[:-1], 1), last)], -1)
+
+
+def _reduce(
+    values: Tensor, rows: Tensor, weights: Tensor | None, num_items: float | Tensor | None, reduction: Reduction
+) -> Tensor:
+    """One term, from its rows' values [N]; `rows` says which have it, in the leading shape."""
+    values = values.reshape(rows.shape)
+    if weights is not None:
+        weights = weights.to(values.dtype)
+        values = values * weights
+    if reduction == "none":
+        return values
+    total = values.sum()
+    if num_items is not None:
+        return total / _or_one(num_items)
+    if reduction == "batchmean":
+        return total / max(1, rows.shape[0])
+    if reduction == "mean":
+        return total / _or_one(rows.sum() if weights is None else (weights * rows).sum())
+    return total
+
+
+def _or_one(count: float | Tensor) -> float | Tensor:
+    """A mean over nothing is 0, not 0 / 0."""
+    return count + (count == 0)

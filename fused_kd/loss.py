@@ -1,0 +1,75 @@
+"""The loss as a module."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd.functional import KDLossOutput, compute
+from fused_kd.options import Divergence, KDOptions, Reduction, VocabMismatch
+
+
+class FusedKDLoss(torch.nn.Module):
+    """Knowledge distillation of Hinton, Vinyals and Dean (2015) over a large vocabulary, as a module.
+
+    The options, their defaults and the errors are those of `fused_kd.fused_kd_loss`, which documents them.
+
+        loss_fn = FusedKDLoss(temperature=2.0, alpha=0.9)
+        loss = loss_fn(student_logits, teacher_logits, labels)
+    """
+
+    def __init__(
+        self,
+        temperature: float = KDOptions.temperature,
+        *,
+        alpha: float = KDOptions.alpha,
+        hard_weight: float | None = KDOptions.hard_weight,
+        teacher_temperature: float | None = KDOptions.teacher_temperature,
+        t2_scaling: bool = KDOptions.t2_scaling,
+        divergence: Divergence = KDOptions.divergence,
+        reduction: Reduction = KDOptions.reduction,
+        ignore_index: int = KDOptions.ignore_index,
+        soft_on_ignored: bool = KDOptions.soft_on_ignored,
+        shift: bool = KDOptions.shift,
+        label_smoothing: float = KDOptions.label_smoothing,
+        vocab_mismatch: VocabMismatch = KDOptions.vocab_mismatch,
+        inplace: bool = KDOptions.inplace,
+        return_parts: bool = KDOptions.return_parts,
+        backend: str = KDOptions.backend,
+    ) -> None:
+        super().__init__()
+        self.options = KDOptions(
+            temperature=temperature,
+            alpha=alpha,
+            hard_weight=hard_weight,
+            teacher_temperature=teacher_temperature,
+            t2_scaling=t2_scaling,
+            divergence=divergence,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            soft_on_ignored=soft_on_ignored,
+            shift=shift,
+            label_smoothing=label_smoothing,
+            vocab_mismatch=vocab_mismatch,
+            inplace=inplace,
+            return_parts=return_parts,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        num_items: float | Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor | KDLossOutput:
+        """The loss of logits [..., V]; see `fused_kd.fused_kd_loss`."""
+        return compute(student_logits, teacher_logits, labels, num_items, weights, self.options)
+
+    def extra_repr(self) -> str:
+        changed: dict[str, Any] = {
+            name: value for name, value in vars(self.options).items() if value != getattr(KDOptions, name)
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in changed.items())

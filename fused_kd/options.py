@@ -1,0 +1,95 @@
+"""The options of the loss: their names, defaults and checks, in the one place that both public forms take them from."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Divergence = Literal["forward_kl", "cross_entropy"]
+Reduction = Literal["mean", "sum", "none", "batchmean"]
+VocabMismatch = Literal["error", "truncate"]
+
+_CHOICES = {
+    "divergence": ("forward_kl", "cross_entropy"),
+    "reduction": ("mean", "sum", "none", "batchmean"),
+    "vocab_mismatch": ("error", "truncate"),
+}
+_SWITCHES = ("t2_scaling", "soft_on_ignored", "shift", "inplace", "return_parts")
+
+
+@dataclass(frozen=True)
+class KDOptions:
+    """What `FusedKDLoss` holds and `fused_kd_loss` builds; `fused_kd_loss` documents each option."""
+
+    temperature: float = 2.0
+    alpha: float = 0.9
+    hard_weight: float | None = None
+    teacher_temperature: float | None = None
+    t2_scaling: bool = True
+    divergence: Divergence = "forward_kl"
+    reduction: Reduction = "mean"
+    ignore_index: int = -100
+    soft_on_ignored: bool = False
+    shift: bool = False
+    label_smoothing: float = 0.0
+    vocab_mismatch: VocabMismatch = "error"
+    inplace: bool = False
+    return_parts: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_temperature("temperature", self.temperature)
+        if self.teacher_temperature is not None:
+            _check_temperature("teacher_temperature", self.teacher_temperature)
+        _check_weight("alpha", self.alpha)
+        if self.hard_weight is not None:
+            _check_weight("hard_weight", self.hard_weight)
+        elif self.alpha > 1:
+            raise ValueError(
+                f"alpha must be in [0, 1] while hard_weight is None (it is then 1 - alpha), got {self.alpha}; "
+                "give hard_weight to weigh the two terms freely"
+            )
+        if self.alpha == 0 and self.weight_of_hard == 0:
+            raise ValueError("alpha and hard_weight are both 0: no term is left; give one of them a weight")
+        _check_number("label_smoothing", self.label_smoothing)
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {_name(self.ignore_index)}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {_name(getattr(self, name))}")
+        if not isinstance(self.backend, str):
+            raise TypeError(f"backend must be a string, got {_name(self.backend)}")
+
+    @property
+    def weight_of_hard(self) -> float:
+        return 1 - self.alpha if self.hard_weight is None else self.hard_weight
+
+    @property
+    def weight_of_soft(self) -> float:
+        return self.alpha * (self.temperature**2 if self.t2_scaling else 1.0)
+
+
+def _name(value: object) -> str:
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a Python number, got {_name(value)}")
+
+
+def _check_temperature(name: str, value: float) -> None:
+    _check_number(name, value)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+
+
+def _check_weight(name: str, value: float) -> None:
+    _check_number(name, value)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")

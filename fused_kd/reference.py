@@ -1,0 +1,112 @@
+"""The definition of the loss, in plain PyTorch: the oracle of every test, never used for speed.
+
+Geoffrey Hinton, Oriol Vinyals, Jeff Dean, "Distilling the Knowledge in a Neural Network", 2015. For one position with
+student logits s, teacher logits t and label y:
+
+    p = softmax(t / tau_t)        q = softmax(s / tau)        q1 = softmax(s)
+    soft = KL(p || q) = sum p (log p - log q)    or the cross entropy  -sum p log q
+    hard = -log q1[y]
+    loss = alpha tau^2 soft + hard_weight hard
+
+Everything is computed in the dtype of the logits; give it float64.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+
+def soft_term(
+    student: Tensor, teacher: Tensor, *, temperature: float, teacher_temperature: float, divergence: str
+) -> Tensor:
+    """How far the student is from the teacher, for rows [N, V]: [N]."""
+    log_q = log_softmax(student / temperature, -1)
+    log_p = log_softmax(teacher / teacher_temperature, -1)
+    p = log_p.exp()
+    if divergence == "forward_kl":
+        terms = p * (log_p - log_q)
+    elif divergence == "cross_entropy":
+        terms = -p * log_q
+    else:
+        raise ValueError(f"unknown divergence {divergence!r}")
+    return torch.where(p == 0, 0.0, terms).sum(-1)  # 0 log 0 = 0; a NaN in p is kept
+
+
+def hard_term(student: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
+    """Cross entropy with the labels [N] at temperature 1, for rows [N, V]: [N]."""
+    return cross_entropy(student, labels, label_smoothing=label_smoothing, reduction="none")
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 2.0,
+    alpha: float = 0.9,
+    hard_weight: float | None = None,
+    teacher_temperature: float | None = None,
+    t2_scaling: bool = True,
+    divergence: str = "forward_kl",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    soft_on_ignored: bool = False,
+    shift: bool = False,
+    label_smoothing: float = 0.0,
+    num_items: float | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The loss of logits [..., V]; the options are those of `fused_kd.fused_kd_loss`.
+
+    Vocabularies of different sizes are cut to the columns that both have.
+    """
+    vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student, teacher = student_logits[..., :vocabulary], teacher_logits.detach()[..., :vocabulary]
+    if shift:
+        student, teacher = student[..., :-1, :], teacher[..., :-1, :]
+        labels = None if labels is None else labels[..., 1:]
+        weights = None if weights is None else weights[..., 1:]
+    positions = student.shape[:-1]
+    student, teacher = student.reshape(-1, vocabulary), teacher.reshape(-1, vocabulary)
+    y = student.new_full(positions, ignore_index, dtype=torch.long).flatten() if labels is None else labels.reshape(-1)
+    w = student.new_ones(positions).flatten() if weights is None else weights.reshape(-1).to(student.dtype)
+
+    labelled = (y != ignore_index) & (w > 0)
+    counted = w > 0 if labels is None or soft_on_ignored else labelled
+    if hard_weight is None:
+        hard_weight = 1 - alpha
+    factor = alpha * (temperature**2 if t2_scaling else 1.0)
+
+    # Only the rows that count are looked at: what stands in the others has no part in the value or the gradient.
+    soft = soft_term(
+        student[counted],
+        teacher[counted],
+        temperature=temperature,
+        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
+        divergence=divergence,
+    )
+    hard = student.new_zeros(0)
+    if hard_weight > 0:
+        hard = hard_term(student[labelled], y[labelled], label_smoothing=label_smoothing)
+
+    if reduction == "none":
+        rows = student.new_zeros(len(y)).index_put((counted,), factor * w[counted] * soft if alpha > 0 else 0 * soft)
+        if hard_weight > 0:
+            rows = rows.index_put((labelled,), rows[labelled] + hard_weight * w[labelled] * hard)
+        rows = rows.reshape(positions)
+        return torch.cat([rows, rows.new_zeros(*positions[:-1], 1)], -1) if shift else rows
+
+    def term(values: Tensor, rows: Tensor) -> Tensor:
+        total = (w[rows] * values).sum()
+        if num_items is not None:
+            return total / num_items
+        if reduction == "mean":
+            return total / w[rows].sum() if rows.any() else total
+        return total / student_logits.shape[0] if reduction == "batchmean" else total
+
+    loss = student[:0].sum()  # 0, with a graph
+    if alpha > 0:
+        loss = loss + factor * term(soft, counted)
+    if hard_weight > 0:
+        loss = loss + hard_weight * term(hard, labelled)
+    return loss
