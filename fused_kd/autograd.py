@@ -40,7 +40,7 @@ class FusedKDFunction(torch.autograd.Function):
             raise RuntimeError("inplace=True cannot be used with create_graph=True: the logits would be lost")
         else:
             ops.rows_backward_(*arguments[:-1], *ctx.options)
-            gradient = student
+            gradient = student.detach()
         return gradient, None, None, None, None
 
 

@@ -1,0 +1,121 @@
+"""What the tests share: logits as models make them, and the bounds of docs/design.md against the float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd import KDLossOutput, fused_kd_loss
+from fused_kd.backends import PREFERENCE, refusal
+from fused_kd.reference import kd_loss
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOGITS = ("wide", "peaked", "masked", "close", "big")
+INF = float("inf")
+
+# The backends that take CPU tensors here; tests run on each.
+BACKENDS = [
+    name for name, backend in PREFERENCE.items() if refusal(backend, torch.empty(1, 2), torch.empty(1, 2)) is None
+]
+
+
+def make_logits(kind: str, *shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Student and teacher logits [..., V], float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(scale: float) -> Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    teacher = normal(3.0)
+    if kind == "wide":
+        return normal(5.0) + 7, teacher
+    if kind == "peaked":  # both sure of one token, mostly the same
+        best = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator)
+        other = torch.where(torch.rand(best.shape, generator=generator) < 0.3, 0, best)
+        return normal(2.0).scatter(-1, other, 22.0), teacher.scatter(-1, best, 19.0)
+    if kind == "masked":  # tokens nobody may choose, and more that the teacher rules out
+        both, only_teacher = torch.rand((2, shape[-1]), generator=generator) < torch.tensor([[0.3], [0.2]])
+        both[0] = only_teacher[0] = False
+        both[-1] = True
+        return normal(3.0).masked_fill(both, -INF), teacher.masked_fill(both | only_teacher, -INF)
+    if kind == "close":  # a nearly converged student
+        return teacher + normal(0.05), teacher
+    if kind == "big":
+        return normal(3.0) * 1e4 / 10, teacher.sign() * 1e4 + normal(30.0)
+    raise ValueError(kind)
+
+
+def make_labels(*positions: int, vocabulary: int, ignored: float = 0.25, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(vocabulary, positions, generator=generator)
+    return labels.masked_fill(torch.rand(positions, generator=generator) < ignored, -100)
+
+
+def parts(output: Tensor | KDLossOutput) -> Tensor:
+    return output.loss if isinstance(output, KDLossOutput) else output
+
+
+def both(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, *, upstream: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradient of the package, and those of the reference in float64 on the same numbers."""
+    logits = student.detach().requires_grad_()
+    # Through an identity, as a model's output: inplace=True wants no leaf.
+    loss = parts(fused_kd_loss(_identity(logits), teacher, labels, **options))
+    upstream = torch.ones_like(loss) if upstream is None else upstream
+    (gradient,) = torch.autograd.grad(loss, logits, upstream.to(loss.dtype))
+
+    for name in ("inplace", "backend", "return_parts", "vocab_mismatch"):
+        options.pop(name, None)
+    exact = student.detach().double().requires_grad_()
+    expected = kd_loss(exact, teacher.double(), labels, **options)
+    (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
+    return loss, gradient, expected.detach(), expected_gradient
+
+
+class _Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        # Keeps the strides, whatever they are.
+        span = sum(stride * (size - 1) for stride, size in zip(logits.stride(), logits.shape, strict=True)) + 1
+        copy = torch.empty(max(1, span), dtype=logits.dtype).as_strided(logits.shape, logits.stride())
+        return copy.copy_(logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _identity(logits: Tensor) -> Tensor:
+    result: Tensor = _Identity.apply(logits)
+    return result
+
+
+def assert_loss(loss: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
+    torch.testing.assert_close(loss.double(), expected, rtol=relative, atol=1e-30, equal_nan=True)
+
+
+def gradient_error(gradient: Tensor, exact: Tensor) -> float:
+    return float((gradient.double() - exact).norm() / exact.norm())
+
+
+def assert_gradient(gradient: Tensor, exact: Tensor) -> None:
+    """float32: 2e-6 of the norm. 16 bits: 1.1 times what rounding the exact gradient costs."""
+    assert gradient.shape == exact.shape
+    assert torch.equal(gradient.isnan(), exact.isnan())
+    gradient, exact = gradient.nan_to_num(), exact.nan_to_num()
+    error = (gradient.double() - exact).norm()
+    bound = 2e-6 * exact.norm()
+    if gradient.dtype in (torch.bfloat16, torch.float16):
+        bound = torch.maximum(bound, 1.1 * (exact.to(gradient.dtype).double() - exact).norm())
+    assert error <= bound, f"error {error:.3e}, bound {bound:.3e}, norm {exact.norm():.3e}"
+
+
+def check(student: Tensor, teacher: Tensor, labels: Tensor | None, *, relative: float = 1e-5, **options: Any) -> None:
+    """The package agrees with the reference, in value and gradient."""
+    loss, gradient, expected, exact = both(student, teacher, labels, **options)
+    assert gradient.dtype == student.dtype
+    assert_loss(loss, expected, relative)
+    assert_gradient(gradient, exact)

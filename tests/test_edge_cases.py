@@ -1,0 +1,293 @@
+"""The table of docs/design.md, row by row."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support import INF, assert_gradient, assert_loss, both, check, make_labels, make_logits
+
+from fused_kd import fused_kd_loss
+
+V = 5000  # more than two blocks of the native kernel
+
+
+def loss_and_gradient(student: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    student = student.clone().requires_grad_()
+    loss = fused_kd_loss(student, *args, **options)
+    assert isinstance(loss, torch.Tensor)
+    return loss.detach(), torch.autograd.grad(loss.sum(), student)[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_teacher_minus_infinity(temperature: float, backend: str) -> None:
+    student, teacher = make_logits("wide", 3, V)
+    teacher[:, ::3] = -INF
+    loss, gradient, expected, exact = both(
+        student, teacher, None, alpha=1.0, temperature=temperature, backend=backend
+    )
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+    assert_loss(loss, expected)
+    assert_gradient(gradient, exact)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_both_minus_infinity(temperature: float, backend: str) -> None:
+    student, teacher = make_logits("wide", 3, V)
+    student[:, ::3] = teacher[:, ::3] = -INF
+    check(student, teacher, torch.tensor([1, 2, 4]), temperature=temperature, backend=backend)
+    _, gradient = loss_and_gradient(student, teacher, torch.tensor([1, 2, 4]), backend=backend)
+    assert (gradient[:, ::3] == 0).all()
+    # The column might as well not be there.
+    keep = torch.arange(V) % 3 != 0
+    loss, _ = loss_and_gradient(student, teacher, alpha=1.0, backend=backend)
+    without, _ = loss_and_gradient(student[:, keep], teacher[:, keep], alpha=1.0, backend=backend)
+    torch.testing.assert_close(loss, without)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("column", [0, 2048, V - 1])
+def test_student_minus_infinity_where_the_teacher_is_not(column: int, temperature: float, backend: str) -> None:
+    student, teacher = make_logits("wide", 3, V)
+    student[1, column] = -INF
+    loss, gradient, expected, exact = both(
+        student, teacher, None, alpha=1.0, temperature=temperature, reduction="none", backend=backend
+    )
+    assert loss[1] == INF
+    assert expected[1] == INF
+    assert_loss(loss[::2], expected[::2])
+    assert gradient.isfinite().all()
+    assert_gradient(gradient, exact)
+
+
+@pytest.mark.parametrize("tile", [slice(0, 2048), slice(2048, 4096), slice(4096, V), slice(0, V - 1)])
+@pytest.mark.parametrize("who", ["student", "teacher", "both"])
+def test_a_tile_of_minus_infinity(tile: slice, who: str, backend: str) -> None:
+    student, teacher = make_logits("wide", 2, V)
+    if who != "student":
+        teacher[:, tile] = -INF
+    if who != "teacher":
+        student[:, tile] = -INF
+    loss, gradient, expected, exact = both(student, teacher, torch.tensor([V - 1, V - 1]), backend=backend)
+    assert_loss(loss, expected)
+    assert_gradient(gradient, exact)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("what", ["nan", "nan with a payload", "inf", "all -inf"])
+@pytest.mark.parametrize("options", [{}, {"alpha": 1.0, "divergence": "cross_entropy"}, {"alpha": 0.0}], ids=str)
+def test_bad_numbers_stay_in_their_row(options: dict[str, Any], what: str, who: str, backend: str) -> None:
+    student, teacher = make_logits("wide", 3, V)
+    bad = student if who == "student" else teacher
+    if what == "all -inf":
+        bad[1] = -INF
+    elif what == "nan with a payload":
+        bad.view(torch.int32)[1, 3000] = -1
+    else:
+        bad[1, 3000] = float(what)
+    labels = torch.tensor([5, 6, 7])
+    loss, gradient = loss_and_gradient(student, teacher, labels, reduction="none", backend=backend, **options)
+    if options.get("alpha") == 0.0 and who == "teacher":  # the teacher is not looked at
+        assert loss.isfinite().all()
+        assert gradient.isfinite().all()
+        return
+    assert loss.isnan().tolist() == [False, True, False]
+    assert gradient[1].isnan().all()
+    assert gradient[::2].isfinite().all()
+    clean, clean_gradient = loss_and_gradient(
+        student[::2], teacher[::2], labels[::2], reduction="none", backend=backend, **options
+    )
+    assert torch.equal(loss[::2], clean)
+    assert torch.equal(gradient[::2], clean_gradient)
+
+
+@pytest.mark.parametrize("what", [float("nan"), INF, -INF])
+@pytest.mark.parametrize("how", ["label", "weight", "shift"])
+def test_bad_numbers_in_an_ignored_row_are_nothing(how: str, what: float, backend: str) -> None:
+    student, teacher = make_logits("wide", 3, V)
+    labels = torch.tensor([5, 6, 7])
+    student[2] = teacher[2] = what
+    options: dict[str, Any] = {}
+    if how == "label":
+        labels[2] = -100
+    elif how == "weight":
+        options["weights"] = torch.tensor([1.0, 1.0, 0.0])
+    else:
+        options["shift"] = True
+    loss, gradient = loss_and_gradient(student, teacher, labels, backend=backend, reduction="none", **options)
+    assert loss[2] == 0
+    assert (gradient[2] == 0).all()
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e4), (torch.bfloat16, 1e4), (torch.float16, 6e4)])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
+def test_big_logits(dtype: torch.dtype, size: float, temperature: float, backend: str) -> None:
+    student, teacher = make_logits("wide", 4, V)
+    student, teacher = (student.sign() * size).to(dtype), (teacher * size / 20).clamp(-size, size).to(dtype)
+    check(student, teacher, make_labels(4, vocabulary=V), temperature=temperature, backend=backend)
+
+
+def test_the_lowest_number_is_a_number(backend: str) -> None:
+    """Masks are often finfo.min, for whole blocks too."""
+    student, teacher = make_logits("wide", 3, V)
+    lowest = torch.finfo(torch.float32).min
+    student[:, :2500] = teacher[:, :2500] = lowest
+    student[1] = teacher[1] = lowest
+    check(student, teacher, None, alpha=1.0, backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7), (0, 3, 7)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
+def test_empty_batch(shape: tuple[int, ...], reduction: str, backend: str) -> None:
+    student = torch.zeros(shape, requires_grad=True)
+    labels = torch.zeros(shape[:-1], dtype=torch.int64)
+    for shift in (False, True):
+        loss = fused_kd_loss(
+            student, torch.zeros(shape), labels, reduction=reduction, shift=shift, backend=backend  # type: ignore
+        )
+        assert isinstance(loss, torch.Tensor)
+        assert loss.sum() == 0
+        loss.sum().backward()
+        assert student.grad is not None
+        assert student.grad.shape == shape
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_one_column(temperature: float, backend: str) -> None:
+    student, teacher = make_logits("wide", 4, 1)
+    loss, gradient = loss_and_gradient(
+        student, teacher, torch.zeros(4, dtype=torch.int64), temperature=temperature, backend=backend
+    )
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+def test_one_dimension(backend: str) -> None:
+    student, teacher = make_logits("wide", 300)
+    check(student, teacher, torch.tensor(7), backend=backend)
+    check(student, teacher, torch.tensor(7), reduction="none", inplace=True, backend=backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
+@pytest.mark.parametrize("how", ["labels", "weights", "shift", "num_items"])
+def test_no_valid_row(reduction: str, how: str, backend: str) -> None:
+    student, teacher = make_logits("wide", 3, 1, 40)
+    labels, options = torch.full((3, 1), 5), {}
+    if how == "labels":
+        labels[:] = -100
+    elif how == "weights":
+        options = {"weights": torch.zeros(3, 1)}
+    elif how == "shift":
+        options = {"shift": True}
+    elif reduction == "mean":
+        labels[:] = -100
+        options = {"num_items": torch.tensor(0)}
+    else:
+        return  # num_items goes with the mean alone
+    loss, gradient = loss_and_gradient(
+        student, teacher, labels, reduction=reduction, backend=backend, **options  # type: ignore[arg-type]
+    )
+    assert (loss == 0).all()
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("label", [V, V + 7, -1, -2, 2**40, -(2**62)])
+def test_label_out_of_range(label: int, backend: str) -> None:
+    student, teacher = make_logits("wide", 4, V)
+    labels = torch.tensor([1, 2, label, 3])
+    for options in ({}, {"alpha": 1.0}, {"alpha": 0.0}, {"soft_on_ignored": True}):
+        with pytest.raises(IndexError, match=rf"labels: row 2 has the label {label}, which is not in \[0, {V}\)"):
+            fused_kd_loss(student, teacher, labels, backend=backend, **options)  # type: ignore[arg-type]
+    assert isinstance(fused_kd_loss(student, teacher, labels, ignore_index=label, backend=backend), torch.Tensor)
+
+
+def test_label_beyond_the_truncated_vocabulary(backend: str) -> None:
+    student, teacher = torch.randn(2, 10), torch.randn(2, 7)
+    with pytest.raises(IndexError, match=r"row 1 has the label 8, which is not in \[0, 7\)"):
+        fused_kd_loss(student, teacher, torch.tensor([1, 8]), vocab_mismatch="truncate", backend=backend)
+
+
+def test_backward_twice(backend: str) -> None:
+    student, teacher = make_logits("wide", 3, V)
+    student.requires_grad_()
+    loss = fused_kd_loss(student, teacher, torch.tensor([1, 2, 3]), backend=backend)
+    first, second, doubled = (
+        torch.autograd.grad(loss, student, torch.tensor(scale), retain_graph=True)[0]  # type: ignore[arg-type]
+        for scale in (1.0, 1.0, 2.0)
+    )
+    assert torch.equal(first, second)
+    torch.testing.assert_close(doubled, 2 * first)
+
+
+def test_backward_twice_inplace_raises(backend: str) -> None:
+    student, teacher = make_logits("wide", 3, V)
+    logits = student.requires_grad_() * 1
+    loss = fused_kd_loss(logits, teacher, torch.tensor([1, 2, 3]), inplace=True, backend=backend)
+    loss.backward(retain_graph=True)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[union-attr]
+
+
+def test_inplace_does_not_corrupt_another_loss_of_the_same_logits(backend: str) -> None:
+    student, teacher = make_logits("wide", 3, V)
+    logits = student.requires_grad_() * 1
+    other = logits.square().sum()  # its backward needs the logits
+    loss = fused_kd_loss(logits, teacher, torch.tensor([1, 2, 3]), inplace=True, backend=backend)
+    loss.backward()  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_teacher_gets_no_gradient(backend: str) -> None:
+    student, teacher = make_logits("wide", 3, 50)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    fused_kd_loss(student, teacher, torch.tensor([1, 2, 3]), backend=backend).backward()  # type: ignore[union-attr]
+    assert teacher.grad is None
+
+
+def test_impossible_label(backend: str) -> None:
+    """A label that the student rules out: an infinite loss and a finite gradient, as in PyTorch."""
+    student, teacher = make_logits("wide", 3, V)
+    student[1, 9] = teacher[1, 9] = -INF
+    loss, gradient, expected, exact = both(
+        student, teacher, torch.tensor([9, 9, 9]), reduction="none", temperature=1.0, backend=backend
+    )
+    assert loss[1] == INF
+    assert expected[1] == INF
+    assert_gradient(gradient, exact)
+
+
+def test_smoothing_over_a_masked_column_is_infinite(backend: str) -> None:
+    """-log 0 has a share in the smoothed labels: as torch.nn.functional.cross_entropy."""
+    student, teacher = make_logits("wide", 2, V)
+    student[:, 9] = teacher[:, 9] = -INF
+    loss, gradient = loss_and_gradient(
+        student, teacher, torch.tensor([1, 2]), alpha=0.0, label_smoothing=0.1, backend=backend
+    )
+    assert math.isinf(loss)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.large
+def test_more_than_two_to_the_31_elements(backend: str) -> None:
+    rows, columns = 2**31 // 151936 + 2, 151936
+    student = torch.zeros(rows, columns, dtype=torch.bfloat16)
+    teacher = torch.zeros(1, columns, dtype=torch.bfloat16).expand(rows, columns)
+    assert student.numel() > 2**31
+    tail, tail_teacher = (x.to(torch.bfloat16) for x in make_logits("wide", 2, columns))
+    student[-2:] = tail
+    labels = torch.full((rows,), -100)
+    labels[-2:] = torch.tensor([7, columns - 1])
+    logits = student.requires_grad_() * 1
+    del student
+    loss = fused_kd_loss(logits, teacher, labels, inplace=True, backend=backend)
+    gradient = torch.autograd.grad(loss, logits)[0]  # type: ignore[arg-type]
+    small = tail.clone().requires_grad_()
+    expected = fused_kd_loss(small, torch.zeros_like(tail), labels[-2:], backend=backend)
+    assert torch.equal(loss, expected)  # type: ignore[arg-type]
+    assert torch.equal(gradient[-2:], torch.autograd.grad(expected, small)[0])  # type: ignore[arg-type]
+    assert (gradient[:-2:997] == 0).all()

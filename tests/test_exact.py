@@ -1,0 +1,59 @@
+"""The same input gives the same bits; a row's bits depend on nothing but the row."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import DTYPES, make_labels, make_logits
+
+from fused_kd import fused_kd_loss
+
+COLUMNS = 20011
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    student = student.detach().requires_grad_()
+    loss = fused_kd_loss(student, teacher, labels, temperature=temperature, reduction="none", backend=backend)
+    assert isinstance(loss, torch.Tensor)
+    return loss.detach(), torch.autograd.grad(loss.sum(), student)[0]
+
+
+def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [2.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits(dtype: torch.dtype, temperature: float, backend: str, threads: None) -> None:
+    student, teacher = (x.to(dtype) for x in make_logits("wide", 70, COLUMNS))
+    labels = make_labels(70, vocabulary=COLUMNS)
+    torch.set_num_threads(2)
+    whole = run(student, teacher, labels, temperature, backend)
+    assert same(run(student, teacher, labels, temperature, backend), whole)
+    for count in (1, 3, 7):
+        torch.set_num_threads(count)
+        assert same(run(student, teacher, labels, temperature, backend), whole), f"{count} threads"
+        # Few rows: the threads share a row.
+        for begin, end in ((0, 1), (5, 8), (9, 11), (31, 70)):
+            part = run(student[begin:end], teacher[begin:end], labels[begin:end], temperature, backend)
+            assert same(part, tuple(x[begin:end] for x in whole)), f"rows {begin} to {end}, {count} threads"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_the_address(dtype: torch.dtype, backend: str) -> None:
+    """A vectorised loop that peels for alignment would sum in another order."""
+    student, teacher = (x.to(dtype) for x in make_logits("wide", 1, COLUMNS))
+    labels = torch.tensor([77])
+    expected = run(student, teacher, labels, 2.0, backend)
+    for offset in range(1, 17):
+        moved = [torch.empty(COLUMNS + 32, dtype=dtype)[offset:][:COLUMNS].unsqueeze(0).copy_(x) for x in (student, teacher)]
+        assert same(run(moved[0], moved[1], labels, 2.0, backend), expected)

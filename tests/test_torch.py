@@ -1,0 +1,157 @@
+"""The loss inside PyTorch: autograd's checks, torch.compile, torch.func, autocast, operators."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import make_labels, make_logits
+
+from fused_kd import FusedKDLoss, fused_kd_loss, ops
+from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 3.0, "divergence": "cross_entropy"},
+    {"soft_on_ignored": True, "label_smoothing": 0.1, "teacher_temperature": 1.5},
+    {"shift": True, "alpha": 0.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", ["wide", "close"])
+def test_gradcheck(kind: str, options: dict[str, Any]) -> None:
+    student, teacher = (x.double() for x in make_logits(kind, 2, 3, 11))
+    labels = make_labels(2, 3, vocabulary=11)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: fused_kd_loss(s, teacher, labels, **options), student)
+
+
+def options_of(**changes: Any) -> tuple[Any, ...]:
+    return RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "auto")._replace(**changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(dtype: torch.dtype, backend: str) -> None:
+    if dtype == torch.float64 and backend != "torch":
+        return
+    student, teacher = (x.to(dtype) for x in make_logits("wide", 2, 3, 50))
+    targets = torch.tensor([1, 2, SKIP, NO_LABEL, 4, 49])
+    row_dtype = ops.row_dtype(student, teacher)
+    vector = torch.rand(6, dtype=row_dtype)
+    for options in (options_of(backend=backend), options_of(temperature=3.0, soft=False, backend=backend)):
+        stats = ops.rows_forward(student, teacher, targets, *options)[2]
+        torch.library.opcheck(ops.rows_forward, (student, teacher, targets, *options))
+        torch.library.opcheck(ops.rows_backward, (student, teacher, targets, stats, vector, vector, *options))
+        torch.library.opcheck(ops.rows_fused, (student, teacher, targets, vector, vector, *options))
+        torch.library.opcheck(ops.rows_backward_, (student.clone(), teacher, targets, stats, vector, vector, *options))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("terms", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_fused_verb_is_the_other_two(
+    dtype: torch.dtype, terms: tuple[bool, bool], temperature: float, backend: str
+) -> None:
+    student, teacher = (x.to(dtype) for x in make_logits("peaked", 9, 6001))
+    targets = make_labels(9, vocabulary=6001).masked_fill_(torch.tensor([True] + [False] * 8), NO_LABEL)
+    targets = targets.masked_fill(targets == -100, SKIP)
+    soft_weight, hard_weight = torch.rand(9) * 3, torch.rand(9)
+    options = options_of(temperature=temperature, soft=terms[0], hard=terms[1], label_smoothing=0.1, backend=backend)
+    soft, hard, stats = ops.rows_forward(student, teacher, targets, *options)
+    gradient = ops.rows_backward(student, teacher, targets, stats, soft_weight, hard_weight, *options)
+    fused = ops.rows_fused(student, teacher, targets, soft_weight, hard_weight, *options)
+    assert torch.equal(fused[0], soft)
+    assert torch.equal(fused[1], hard)
+    error = (fused[2].double() - gradient.double()).norm() / gradient.double().norm()
+    assert error <= (1e-6 if dtype == torch.float32 else 2e-4)  # a few elements round to the other side
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options", [*OPTIONS, {"inplace": True}, {"reduction": "none"}], ids=str)
+def test_compile(options: dict[str, Any], dynamic: bool, backend: str) -> None:
+    torch._dynamo.reset()
+    loss_fn = FusedKDLoss(backend=backend, **options)
+
+    def step(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = loss_fn(x * 1.5, t, y)
+        assert isinstance(loss, torch.Tensor)
+        return loss.sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (4, 6):
+        student, teacher = make_logits("wide", 2, rows, 300)
+        labels = make_labels(2, rows, vocabulary=300)
+        results = []
+        for function in (step, compiled):
+            logits = student.clone().requires_grad_()
+            loss = function(logits, teacher, labels)
+            results.append((loss.detach(), torch.autograd.grad(loss, logits)[0]))
+        torch.testing.assert_close(results[1], results[0])
+
+
+def test_compile_with_inductor_and_the_function() -> None:
+    torch._dynamo.reset()
+    student, teacher = make_logits("wide", 5, 300)
+    labels = make_labels(5, vocabulary=300)
+    weights = torch.rand(5)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = fused_kd_loss(x * 2, teacher, labels, temperature=3.0, weights=weights, num_items=torch.tensor(3))
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        logits = student.clone().requires_grad_()
+        loss = function(logits)
+        results.append((loss.detach(), torch.autograd.grad(loss, logits)[0]))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_func_grad(backend: str) -> None:
+    student, teacher = make_logits("wide", 3, 50)
+    labels = torch.tensor([1, -100, 3])
+
+    def loss(s: torch.Tensor) -> torch.Tensor:
+        result = fused_kd_loss(s, teacher, labels, backend=backend)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    gradient = torch.func.grad(loss)(student)
+    logits = student.clone().requires_grad_()
+    assert torch.equal(gradient, torch.autograd.grad(loss(logits), logits)[0])
+
+
+def test_autocast_changes_nothing(backend: str) -> None:
+    student, teacher = make_logits("close", 3, 3000)
+    labels, weights = torch.tensor([1, 2, 3]), torch.tensor([1.0, 0.3, 0.7])
+    results = []
+    for enabled in (False, True):
+        logits = student.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = fused_kd_loss(logits, teacher, labels, weights=weights, backend=backend)
+        assert isinstance(loss, torch.Tensor)
+        assert loss.dtype == torch.float32
+        results.append((loss.detach(), torch.autograd.grad(loss, logits)[0]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_module_and_function_have_the_same_options() -> None:
+    import inspect
+
+    from fused_kd.options import KDOptions
+
+    fields = {name: field.default for name, field in KDOptions.__dataclass_fields__.items()}
+    module = inspect.signature(FusedKDLoss.__init__).parameters
+    function = inspect.signature(fused_kd_loss).parameters
+    call = inspect.signature(FusedKDLoss.forward).parameters
+    assert {name: p.default for name, p in module.items() if name != "self"} == fields
+    for name, default in fields.items():
+        assert function[name].default == default
+    assert set(function) - set(fields) == set(call) - {"self"}
+    assert all(function[name].kind == call[name].kind for name in call if name != "self")
+
+
+def test_repr_names_what_differs_from_the_defaults() -> None:
+    assert repr(FusedKDLoss(4.0, shift=True)) == "FusedKDLoss(temperature=4.0, shift=True)"
