@@ -58,7 +58,7 @@ def build_cpu(folder: Path) -> dict[str, str]:
         return {"missing": "it was not built (FUSED_KD_BUILD_CPU=never); reinstall without that variable"}
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "c++", "clang++"]
     compiler = next((found for name in names if (found := shutil.which(name))), None)
-    entry = {"missing": f"no C++ compiler was found (tried {', '.join(names)}); install one, such as g++, and reinstall"}
+    entry = {"missing": f"no C++ compiler was found (tried {', '.join(names)}); install g++ and reinstall"}
     if compiler is not None:
         entry = compile_cpu(compiler, output)
     if mode == "always" and "missing" in entry:
@@ -69,12 +69,16 @@ def build_cpu(folder: Path) -> dict[str, str]:
 def compile_cpu(compiler: str, output: Path) -> dict[str, str]:
     for optional in OPTIONAL_FLAGS:
         flags = [*FLAGS, *optional]
-        result = subprocess.run([compiler, *flags, *SOURCES, "-o", str(output)], capture_output=True, text=True)
+        result = run(compiler, *flags, *SOURCES, "-o", str(output))
         if result.returncode == 0:
-            version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+            version = run(compiler, "--version").stdout.split("\n")[0]
             return {"library": output.name, "built": version, "flags": " ".join(flags)}
     last = (result.stderr.strip() or "it said nothing").split("\n")[0]
     return {"missing": f"{Path(compiler).name} failed ({last}); set CXX to a C++17 compiler and reinstall"}
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
 class PlatformWheel(bdist_wheel):

@@ -64,6 +64,5 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
-            "fused_kd has no second derivative (double backward); "
-            "use fused_kd.reference.kd_loss where you need one"
+            "fused_kd has no second derivative (double backward); use fused_kd.reference.kd_loss where you need one"
         )

@@ -17,9 +17,7 @@ def check_logits(student: Tensor, teacher: Tensor, options: KDOptions) -> None:
         if logits.dtype not in _FLOATING:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {logits.dtype}")
         if logits.dim() == 0 or logits.shape[-1] == 0:
-            raise ValueError(
-                f"{name} must have the shape [..., V] with at least one column, got {tuple(logits.shape)}"
-            )
+            raise ValueError(f"{name} must have the shape [..., V] with at least one column, got {tuple(logits.shape)}")
         if logits.shape[-1] > 1 and logits.stride(-1) != 1:
             raise ValueError(
                 f"{name} must have unit stride in its last dimension, the vocabulary, got the strides "
@@ -68,9 +66,7 @@ def check_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
     fits = torch.isfinite(weights) & (weights >= 0)
     if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not fits.all():
         row = int((~fits.reshape(-1)).nonzero()[0])
-        raise ValueError(
-            f"weights must be finite and at least 0, got {float(weights.reshape(-1)[row])} in row {row}"
-        )
+        raise ValueError(f"weights must be finite and at least 0, got {float(weights.reshape(-1)[row])} in row {row}")
     return torch.where(fits, weights, torch.nan)
 
 
@@ -85,11 +81,8 @@ def check_num_items(num_items: float | Tensor | None, student: Tensor, options: 
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must have one element, got the shape {tuple(num_items.shape)}")
-        if num_items.device not in (student.device, torch.device("cpu")) or num_items.dim() > 0:
-            if num_items.device != student.device:
-                raise ValueError(
-                    f"num_items must be on the logits' device {student.device}, got {num_items.device}"
-                )
+        if num_items.device != student.device and (num_items.dim() > 0 or num_items.device.type != "cpu"):
+            raise ValueError(f"num_items must be on the logits' device {student.device}, got {num_items.device}")
     elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(f"num_items must be a number or a tensor, got {type(num_items).__name__}")
     elif not (math.isfinite(num_items) and num_items >= 0):
@@ -97,25 +90,33 @@ def check_num_items(num_items: float | Tensor | None, student: Tensor, options: 
 
 
 def check_inplace(student: Tensor, teacher: Tensor) -> None:
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        return  # there will be no backward, so nothing is overwritten
-    remedy = "use inplace=False"
+    """Whether the gradient may overwrite the student's logits. Not traced: whose storage it is shows in eager mode."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and student.requires_grad):
+        return  # without a gradient nothing will be overwritten
     base = student._base if student._is_view() else student
     if base is not None and base.is_leaf and base.requires_grad:
         raise ValueError(
             "inplace=True needs student_logits that a model computed, got a leaf tensor (or a view of one), whose "
-            f"storage is its owner's; {remedy}"
+            "storage is its owner's; use inplace=False"
         )
-    if _overlaps_itself(student):
+    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
         raise ValueError(
-            "inplace=True needs student_logits whose elements are all apart in memory, got an expanded or overlapping "
-            f"tensor of shape {tuple(student.shape)} and strides {tuple(student.stride())}; {remedy}"
+            "inplace=True would overwrite teacher_logits, which share the student's storage; use inplace=False"
         )
-    if not torch.compiler.is_compiling():
-        if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+    check_no_overlap(student)
+
+
+def check_no_overlap(student: Tensor) -> None:
+    """Raises ValueError where two elements may share a place: each stride must reach past what smaller ones span."""
+    reach = 1
+    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+        if size > 1 and stride < reach:
             raise ValueError(
-                f"inplace=True would overwrite teacher_logits, which share the student's storage; {remedy}"
+                "inplace=True needs student_logits whose elements are all apart in memory, got an expanded or "
+                f"overlapping tensor of shape {tuple(student.shape)} and strides {tuple(student.stride())}; "
+                "use inplace=False"
             )
+        reach += stride * (size - 1)
 
 
 def _check_shape(name: str, values: Tensor, student: Tensor) -> None:
@@ -126,14 +127,3 @@ def _check_shape(name: str, values: Tensor, student: Tensor) -> None:
         )
     if values.device != student.device:
         raise ValueError(f"{name} must be on the logits' device {student.device}, got {values.device}")
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share a place: each stride must reach past all that the smaller ones span."""
-    reach = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < reach:
-                return True
-            reach = stride * (size - 1) + reach
-    return False

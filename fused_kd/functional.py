@@ -167,9 +167,7 @@ def compute(
     )
 
 
-def _targets(
-    student: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_index: int, ignored: int
-) -> Tensor:
+def _targets(student: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_index: int, ignored: int) -> Tensor:
     """What each position is for: its label, SKIP or NO_LABEL, in the logits' leading shape."""
     if labels is None:
         targets = student.new_full(student.shape[:-1], NO_LABEL, dtype=torch.int64)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_kd import backends
-from fused_kd.backends.rows import STATS, RowOptions
+from fused_kd.backends.rows import STATS, RowOptions, row_dtype
+from fused_kd.checks import check_no_overlap
 
 # RowOptions, as operators take it.
 _OPTIONS = (
@@ -19,65 +20,57 @@ _OPTIONS = (
     "bool soft, bool hard, str backend"
 )
 _LOGITS = "Tensor teacher, Tensor targets"
+_GRADS = "Tensor stats, Tensor grad_soft, Tensor grad_hard"
 
 
-def _operator(name: str, signature: str, mutates: Iterable[str] = ()) -> Callable[[Any], Any]:
+def _operator(
+    name: str, signature: str, fake: Callable[..., Any], mutates: Iterable[str] = ()
+) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function as the operator fused_kd::name; `fake` allocates what it does and computes nothing."""
     arguments, result = signature.split(" -> ")
-    return torch.library.custom_op(
-        f"fused_kd::{name}", mutates_args=mutates, schema=f"({arguments}, {_OPTIONS}) -> {result}"
-    )
+    schema = f"({arguments}, {_OPTIONS}) -> {result}"
+
+    def register(real: Callable[..., Any]) -> Any:
+        operator = torch.library.custom_op(f"fused_kd::{name}", real, mutates_args=mutates, schema=schema)
+        operator.register_fake(fake)
+        return operator
+
+    return register
 
 
-def row_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """The dtype of vectors with one number a row."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+def _empty_rows(student: Tensor, teacher: Tensor, targets: Tensor, *shape: int) -> Tensor:
+    return student.new_empty(targets.shape[0], *shape, dtype=row_dtype(student, teacher))
 
 
-@_operator("rows_forward", f"Tensor student, {_LOGITS} -> (Tensor, Tensor, Tensor)")
+def _fake_forward(student: Tensor, teacher: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (student, teacher, targets)
+    return _empty_rows(*rows), _empty_rows(*rows), _empty_rows(*rows, STATS)
+
+
+@_operator("rows_forward", f"Tensor student, {_LOGITS} -> (Tensor, Tensor, Tensor)", _fake_forward)
 def rows_forward(student: Tensor, teacher: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N], and stats[N, STATS]: what the gradient needs of each row."""
     rows = RowOptions(*options)
     return backends.choose(rows.backend, student, teacher).rows_forward(student, teacher, targets, rows)
 
 
-@rows_forward.register_fake
-def _(student: Tensor, teacher: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows, dtype = targets.shape[0], row_dtype(student, teacher)
-    return (
-        student.new_empty(rows, dtype=dtype),
-        student.new_empty(rows, dtype=dtype),
-        student.new_empty(rows, STATS, dtype=dtype),
-    )
-
-
-@_operator(
-    "rows_backward", f"Tensor student, {_LOGITS}, Tensor stats, Tensor grad_soft, Tensor grad_hard -> Tensor"
-)
-def rows_backward(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -> Tensor:
-    """The gradient of sum(grad_soft * soft + grad_hard * hard), contiguous, in the student's dtype and shape."""
-    out = student.new_empty(student.shape)
-    _backward(student, teacher, targets, *rest, out=out)
-    return out
-
-
-@rows_backward.register_fake
-def _(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -> Tensor:
+def _fake_backward(student: Tensor, *rest: Any) -> Tensor:
     return student.new_empty(student.shape)
 
 
-@_operator(
-    "rows_backward_",
-    f"Tensor(a!) student, {_LOGITS}, Tensor stats, Tensor grad_soft, Tensor grad_hard -> ()",
-    mutates=("student",),
-)
-def rows_backward_(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -> None:
+@_operator("rows_backward", f"Tensor student, {_LOGITS}, {_GRADS} -> Tensor", _fake_backward)
+def rows_backward(student: Tensor, *rest: Any) -> Tensor:
+    """The gradient of sum(grad_soft * soft + grad_hard * hard), contiguous, in the student's dtype and shape."""
+    out = student.new_empty(student.shape)
+    _backward(student, *rest, out=out)
+    return out
+
+
+@_operator("rows_backward_", f"Tensor(a!) student, {_LOGITS}, {_GRADS} -> ()", lambda *_: None, ("student",))
+def rows_backward_(student: Tensor, *rest: Any) -> None:
     """The same, written over the student's logits."""
-    _backward(student, teacher, targets, *rest, out=student)
-
-
-@rows_backward_.register_fake
-def _(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -> None:
-    return None
+    check_no_overlap(student)  # a compiled caller could not
+    _backward(student, *rest, out=student)
 
 
 def _backward(
@@ -95,8 +88,15 @@ def _backward(
     backend.rows_backward(student, teacher, targets, stats, grad_soft, grad_hard, rows, out)
 
 
+def _fake_fused(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (student, teacher, targets)
+    return _empty_rows(*rows), _empty_rows(*rows), student.new_empty(student.shape)
+
+
 @_operator(
-    "rows_fused", f"Tensor student, {_LOGITS}, Tensor coef_soft, Tensor coef_hard -> (Tensor, Tensor, Tensor)"
+    "rows_fused",
+    f"Tensor student, {_LOGITS}, Tensor coef_soft, Tensor coef_hard -> (Tensor, Tensor, Tensor)",
+    _fake_fused,
 )
 def rows_fused(
     student: Tensor, teacher: Tensor, targets: Tensor, coef_soft: Tensor, coef_hard: Tensor, *options: Any
@@ -107,15 +107,3 @@ def rows_fused(
     backend = backends.choose(rows.backend, student, teacher)
     soft, hard = backend.rows_fused(student, teacher, targets, coef_soft, coef_hard, rows, out)
     return soft, hard, out
-
-
-@rows_fused.register_fake
-def _(
-    student: Tensor, teacher: Tensor, targets: Tensor, coef_soft: Tensor, coef_hard: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, dtype = targets.shape[0], row_dtype(student, teacher)
-    return (
-        student.new_empty(rows, dtype=dtype),
-        student.new_empty(rows, dtype=dtype),
-        student.new_empty(student.shape),
-    )

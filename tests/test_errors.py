@@ -47,14 +47,14 @@ CALLS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((S, T.to(torch.complex64), Y), {}, TypeError, "teacher_logits must be float32.*got torch.complex64"),
     ((torch.tensor(1.0), T, Y), {}, ValueError, r"student_logits must have the shape \[..., V\].*got \(\)"),
     ((S[..., :0], T[..., :0], Y), {}, ValueError, r"at least one column, got \(2, 3, 0\)"),
-    ((S.transpose(1, 2), T, Y), {}, ValueError, r"student_logits must have unit stride.*\(30, 1, 10\).*\.contiguous"),
-    ((S, T[:, :2], Y), {}, ValueError, r"teacher_logits must have the student's leading shape.*\(2, 3, 10\).*\(2, 2, 10\)"),
-    ((S, T[..., :9], Y), {}, ValueError, r"teacher_logits must have the student's vocabulary.*\(2, 3, 9\).*\"truncate\""),
+    ((S.transpose(1, 2), T, Y), {}, ValueError, r"student_logits must have unit stride.*\(30, 1, 10\)"),
+    ((S, T[:, :2], Y), {}, ValueError, r"must have the student's leading shape.*\(2, 3, 10\).*\(2, 2, 10\)"),
+    ((S, T[..., :9], Y), {}, ValueError, r"must have the student's vocabulary.*\(2, 3, 9\).*\"truncate\""),
     ((S, T.to("meta"), Y), {}, ValueError, "teacher_logits must be on the student's device.*cpu.*meta"),
     ((S[0, 0], T[0, 0], Y[0, 0]), {"shift": True}, ValueError, "shift=True needs student_logits"),
     ((S[0, 0], T[0, 0], Y[0, 0]), {"reduction": "batchmean"}, ValueError, "batchmean.*needs student_logits"),
     ((S, T), {}, ValueError, r"labels must be given while the hard term has a weight.*0.1.*alpha=1, or hard_weight=0"),
-    ((S, T, Y.int()), {}, TypeError, r"labels must be an int64 tensor of token ids, got torch.int32; use labels.long\(\)"),
+    ((S, T, Y.int()), {}, TypeError, r"labels must be an int64 tensor.*got torch.int32; use labels.long\(\)"),
     ((S, T, [[0]]), {}, TypeError, "labels must be an int64 tensor of token ids, got list"),
     ((S, T, Y[:, :2]), {}, ValueError, r"labels must have the logits' leading shape \(2, 3\), got \(2, 2\)"),
     ((S, T, Y.to("meta")), {}, ValueError, "labels must be on the logits' device cpu, got meta"),
@@ -103,9 +103,9 @@ def test_inplace_on_the_teachers_storage() -> None:
 def test_double_backward(backend: str) -> None:
     logits = S.clone().requires_grad_()
     loss = fused_kd_loss(logits, T, Y, backend=backend)
-    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="fused_kd has no second derivative"):
         gradient.square().sum().backward()
     loss = fused_kd_loss(logits * 1, T, Y, inplace=True, backend=backend)
     with pytest.raises(RuntimeError, match="inplace=True cannot be used with create_graph=True"):
-        torch.autograd.grad(loss, logits, create_graph=True)  # type: ignore[arg-type]
+        torch.autograd.grad(loss, logits, create_graph=True)

@@ -55,5 +55,7 @@ def test_bits_do_not_depend_on_the_address(dtype: torch.dtype, backend: str) -> 
     labels = torch.tensor([77])
     expected = run(student, teacher, labels, 2.0, backend)
     for offset in range(1, 17):
-        moved = [torch.empty(COLUMNS + 32, dtype=dtype)[offset:][:COLUMNS].unsqueeze(0).copy_(x) for x in (student, teacher)]
+        moved = [
+            torch.empty(COLUMNS + 32, dtype=dtype)[offset:][:COLUMNS].unsqueeze(0).copy_(x) for x in (student, teacher)
+        ]
         assert same(run(moved[0], moved[1], labels, 2.0, backend), expected)

@@ -26,7 +26,7 @@ def test_gradient_of_the_soft_term(temperature: float, divergence: str, backend:
     student, teacher = make_logits("wide", 4, 900)
     student.requires_grad_()
     loss = fused_kd_loss(
-        student, teacher, alpha=1.0, temperature=temperature, t2_scaling=False, divergence=divergence,  # type: ignore
+        student, teacher, alpha=1.0, temperature=temperature, t2_scaling=False, divergence=divergence,
         reduction="sum", backend=backend,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss, student)
@@ -44,7 +44,7 @@ def test_t2_keeps_the_relative_size_of_the_two_terms(backend: str) -> None:
         loss = fused_kd_loss(
             student, teacher, alpha=1.0, temperature=temperature, t2_scaling=t2_scaling, backend=backend
         )
-        return float(torch.autograd.grad(loss, student)[0].norm())  # type: ignore[arg-type]
+        return float(torch.autograd.grad(loss, student)[0].norm())
 
     assert size(50.0, True) / size(100.0, True) == pytest.approx(1, rel=0.1)
     assert size(50.0, False) / size(100.0, False) == pytest.approx(4, rel=0.1)
@@ -69,7 +69,7 @@ def test_cross_entropy_differs_by_the_teachers_entropy(backend: str) -> None:
     kl, ce = (
         fused_kd_loss(
             student, teacher, alpha=1.0, temperature=2.5, t2_scaling=False, reduction="none",
-            divergence=divergence, backend=backend,  # type: ignore[arg-type]
+            divergence=divergence, backend=backend,
         )
         for divergence in ("forward_kl", "cross_entropy")
     )  # fmt: skip
@@ -88,8 +88,8 @@ def test_a_partly_labelled_transfer_set(backend: str) -> None:
     output = FusedKDLoss(2.0, soft_on_ignored=True, return_parts=True, backend=backend)(student, teacher, labels)
     s, t = student.double(), teacher.double()
     soft = kl_div(log_softmax(s / 2, -1), softmax(t / 2, -1), reduction="batchmean")
-    torch.testing.assert_close(output.soft.double(), soft, rtol=1e-5, atol=0)  # type: ignore[union-attr]
-    torch.testing.assert_close(output.hard.double(), cross_entropy(s, labels), rtol=1e-5, atol=0)  # type: ignore
+    torch.testing.assert_close(output.soft.double(), soft, rtol=1e-5, atol=0)
+    torch.testing.assert_close(output.hard.double(), cross_entropy(s, labels), rtol=1e-5, atol=0)
 
 
 def test_ensemble_by_arithmetic_or_geometric_mean(backend: str) -> None:
@@ -99,7 +99,7 @@ def test_ensemble_by_arithmetic_or_geometric_mean(backend: str) -> None:
     for mean in (teachers.softmax(-1).mean(0).log(), teachers.mean(0)):
         loss = fused_kd_loss(student, mean, alpha=1.0, temperature=1.0, t2_scaling=False, backend=backend)
         expected = kl_div(log_softmax(student.double(), -1), softmax(mean.double(), -1), reduction="batchmean")
-        assert float(loss) == pytest.approx(float(expected), rel=1e-5)  # type: ignore[arg-type]
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0, 100.0])
@@ -113,9 +113,9 @@ def test_near_convergence(sigma: float, temperature: float, dtype: torch.dtype, 
     teacher = teacher.to(dtype)
     exact = student.double().requires_grad_()
     options = {"alpha": 1.0, "temperature": temperature, "t2_scaling": False, "reduction": "none"}
-    expected = kd_loss(exact, teacher.double(), **options)  # type: ignore[arg-type]
+    expected = kd_loss(exact, teacher.double(), **options)
     student.requires_grad_()
-    loss = fused_kd_loss(student, teacher, backend=backend, **options)  # type: ignore[arg-type]
+    loss = fused_kd_loss(student, teacher, backend=backend, **options)
     assert isinstance(loss, torch.Tensor)
     assert (loss >= 0).all()
     torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-5, atol=0)
@@ -129,5 +129,5 @@ def test_identical_logits_are_zero(backend: str) -> None:
     student, _ = make_logits("wide", 3, 5000)
     student.requires_grad_()
     loss = fused_kd_loss(student, student.detach(), alpha=1.0, backend=backend)
-    assert float(loss.detach()) == 0  # type: ignore[union-attr]
-    assert math.isclose(float(torch.autograd.grad(loss, student)[0].abs().max()), 0)  # type: ignore[arg-type]
+    assert float(loss.detach()) == 0
+    assert math.isclose(float(torch.autograd.grad(loss, student)[0].abs().max()), 0)

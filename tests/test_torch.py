@@ -1,5 +1,6 @@
 """The loss inside PyTorch: autograd's checks, torch.compile, torch.func, autocast, operators."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from support import make_labels, make_logits
 
 from fused_kd import FusedKDLoss, fused_kd_loss, ops
-from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions
+from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions, row_dtype
+from fused_kd.options import KDOptions
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -36,8 +38,7 @@ def test_opcheck(dtype: torch.dtype, backend: str) -> None:
         return
     student, teacher = (x.to(dtype) for x in make_logits("wide", 2, 3, 50))
     targets = torch.tensor([1, 2, SKIP, NO_LABEL, 4, 49])
-    row_dtype = ops.row_dtype(student, teacher)
-    vector = torch.rand(6, dtype=row_dtype)
+    vector = torch.rand(6, dtype=row_dtype(student, teacher))
     for options in (options_of(backend=backend), options_of(temperature=3.0, soft=False, backend=backend)):
         stats = ops.rows_forward(student, teacher, targets, *options)[2]
         torch.library.opcheck(ops.rows_forward, (student, teacher, targets, *options))
@@ -138,10 +139,6 @@ def test_autocast_changes_nothing(backend: str) -> None:
 
 
 def test_module_and_function_have_the_same_options() -> None:
-    import inspect
-
-    from fused_kd.options import KDOptions
-
     fields = {name: field.default for name, field in KDOptions.__dataclass_fields__.items()}
     module = inspect.signature(FusedKDLoss.__init__).parameters
     function = inspect.signature(fused_kd_loss).parameters

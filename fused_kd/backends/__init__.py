@@ -12,25 +12,24 @@ Adding a backend is one file, and its name in `PREFERENCE`.
 """
 
 import os
-from types import ModuleType
 
 from torch import Tensor
 
 from fused_kd.backends import cpu, pytorch
+from fused_kd.backends.rows import Backend
 
 # In the order in which "auto" tries them.
-PREFERENCE: dict[str, ModuleType] = {backend.NAME: backend for backend in (cpu, pytorch)}
+PREFERENCE: dict[str, Backend] = {backend.NAME: backend for backend in (cpu, pytorch)}
 
 VARIABLE = "FUSED_KD_BACKEND"
 
 
-def refusal(backend: ModuleType, student: Tensor, teacher: Tensor) -> str | None:
+def refusal(backend: Backend, student: Tensor, teacher: Tensor) -> str | None:
     """Why this backend cannot take these tensors, or None."""
-    reason: str | None = backend.unavailable() or backend.refuses(student, teacher)
-    return reason
+    return backend.unavailable() or backend.refuses(student, teacher)
 
 
-def choose(name: str, student: Tensor, teacher: Tensor) -> ModuleType:
+def choose(name: str, student: Tensor, teacher: Tensor) -> Backend:
     """The backend for these tensors. "auto" takes the variable FUSED_KD_BACKEND, else the first that can.
 
     Raises ValueError for an unknown name, and for a named backend that cannot take the tensors.

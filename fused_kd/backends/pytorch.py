@@ -23,6 +23,7 @@ from fused_kd.backends.rows import (
     TEACHER_SUM,
     RowOptions,
     bad_target,
+    row_dtype,
     vocabulary,
 )
 
@@ -45,7 +46,7 @@ def rows_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_targets(student, teacher, targets)
     rows = targets.numel()
-    dtype = _row_dtype(student, teacher)
+    dtype = row_dtype(student, teacher)
     soft, hard = student.new_zeros(rows, dtype=dtype), student.new_zeros(rows, dtype=dtype)
     stats = student.new_zeros((rows, STATS), dtype=dtype)
     for chunk in _chunks(student, teacher, targets, options):
@@ -79,10 +80,6 @@ def rows_fused(
     soft, hard, stats = rows_forward(student, teacher, targets, options)
     rows_backward(student, teacher, targets, stats, coef_soft, coef_hard, options, out)
     return soft, hard
-
-
-def _row_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
 def _in_range(targets: Tensor, columns: int) -> Tensor:
@@ -121,7 +118,7 @@ class _Chunk:
 
     def __post_init__(self) -> None:
         o = self.options
-        dtype = _row_dtype(self.student, self.teacher)
+        dtype = row_dtype(self.student, self.teacher)
         self.scale = 1 / o.temperature
         self.s = self.student[self.index][:, : self.columns].to(dtype)
         # The teacher's own temperature is a factor on its logits.

@@ -1,7 +1,8 @@
 """What every backend knows of rows."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 # What a target says when it is not a label. csrc/fused_kd.h has the same two.
@@ -32,6 +33,52 @@ class RowOptions(NamedTuple):
     soft: bool
     hard: bool
     backend: str  # "auto" or a name
+
+
+class Backend(Protocol):
+    """What a backend's module offers. `backends/__init__.py` says what the verbs do."""
+
+    NAME: str
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine, and what to do about it."""
+
+    def refuses(self, student: Tensor, teacher: Tensor) -> str | None:
+        """Why it cannot take these tensors."""
+
+    def rows_forward(
+        self, student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, /
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def rows_backward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        targets: Tensor,
+        stats: Tensor,
+        grad_soft: Tensor,
+        grad_hard: Tensor,
+        options: RowOptions,
+        out: Tensor,
+        /,
+    ) -> None: ...
+
+    def rows_fused(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        targets: Tensor,
+        coef_soft: Tensor,
+        coef_hard: Tensor,
+        options: RowOptions,
+        out: Tensor,
+        /,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def row_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """The dtype of vectors with one number a row."""
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
 def vocabulary(student: Tensor, teacher: Tensor) -> int:
