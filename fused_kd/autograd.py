@@ -1,5 +1,6 @@
 """The torch.autograd.Function under both public forms."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ class FusedKDFunction(torch.autograd.Function):
     def forward(
         student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, inplace: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = ops.rows_forward(student, teacher, targets, *options)
-        return result
+        verb = ops.forward if _eager(student, teacher) else ops.rows_forward
+        return verb(student, teacher, targets, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -39,15 +40,28 @@ class FusedKDFunction(torch.autograd.Function):
         elif torch.is_grad_enabled():
             raise RuntimeError("inplace=True cannot be used with create_graph=True: the logits would be lost")
         else:
-            ops.rows_backward_(*arguments[:-1], *ctx.options)
+            ops.rows_backward_(*arguments[:-1], *ctx.options)  # the operator: it tells autograd of the write
             gradient = student.detach()
         return gradient, None, None, None, None
 
 
+# Function.apply asks for this signature at every call, and deriving it takes longer than a small loss.
+FusedKDFunction.forward.__signature__ = inspect.signature(FusedKDFunction.forward)  # type: ignore[attr-defined]
+
+
 def _gradient(*arguments: Any) -> Tensor:
     *tensors, options = arguments
-    gradient: Tensor = ops.rows_backward(*tensors, *options)
-    return gradient
+    verb = ops.backward if _eager(tensors[0], tensors[1]) else ops.rows_backward
+    return verb(*tensors, *options)
+
+
+def _eager(student: Tensor, teacher: Tensor) -> bool:
+    """Whether nobody is watching who needs the operators: plain tensors, nothing traced. Saves their dispatch."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(student) is type(teacher) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 class _Gradient(torch.autograd.Function):

@@ -147,10 +147,14 @@ def compute(
     teacher = teacher_logits.detach()
     soft, hard, _ = FusedKDFunction.apply(student_logits, teacher, targets.reshape(-1), rows, options.inplace)
 
+    if weights is not None:
+        weights = weights.to(soft.dtype)
     counted = targets != SKIP
-    labelled = counted & (targets != NO_LABEL) if soft_on_ignored else counted
-    soft_term = _reduce(soft, counted, weights, num_items, options.reduction) if rows.soft else None
-    hard_term = _reduce(hard, labelled, weights, num_items, options.reduction) if rows.hard else None
+    divisor = _divisor(counted, weights, num_items, options.reduction)
+    soft_term = _reduce(soft, weights, divisor, targets) if rows.soft else None
+    if soft_on_ignored:
+        divisor = _divisor(counted & (targets != NO_LABEL), weights, num_items, options.reduction)
+    hard_term = _reduce(hard, weights, divisor, targets) if rows.hard else None
     if hard_term is None:
         assert soft_term is not None  # the options see to it that one of the two is on
         loss = options.weight_of_soft * soft_term
@@ -183,26 +187,24 @@ def _shifted(values: Tensor, last: float) -> Tensor:
     return torch.cat([values[..., 1:], values.new_full((*values.shape[:-1], 1), last)], -1)
 
 
-def _reduce(
-    values: Tensor, rows: Tensor, weights: Tensor | None, num_items: float | Tensor | None, reduction: Reduction
-) -> Tensor:
-    """One term, from its rows' values [N]; `rows` says which have it, in the leading shape."""
-    values = values.reshape(rows.shape)
-    if weights is not None:
-        weights = weights.to(values.dtype)
-        values = values * weights
+def _divisor(
+    rows: Tensor, weights: Tensor | None, num_items: float | Tensor | None, reduction: Reduction
+) -> float | Tensor | None:
+    """What the sum over `rows` is divided by; None: it is not a sum."""
     if reduction == "none":
-        return values
-    total = values.sum()
+        return None
     if num_items is not None:
-        return total / _or_one(num_items)
-    if reduction == "batchmean":
-        return total / max(1, rows.shape[0])
-    if reduction == "mean":
-        return total / _or_one(rows.sum() if weights is None else (weights * rows).sum())
-    return total
+        count = num_items
+    elif reduction == "mean":
+        count = rows.sum() if weights is None else (weights * rows).sum()
+    else:
+        count = max(1, rows.shape[0]) if reduction == "batchmean" else 1
+    return count + (count == 0)  # a mean over nothing is 0, not 0 / 0
 
 
-def _or_one(count: float | Tensor) -> float | Tensor:
-    """A mean over nothing is 0, not 0 / 0."""
-    return count + (count == 0)
+def _reduce(values: Tensor, weights: Tensor | None, divisor: float | Tensor | None, targets: Tensor) -> Tensor:
+    """One term from its rows' values [N], which are 0 where a row does not have it."""
+    values = values.reshape(targets.shape)
+    if weights is not None:
+        values = values * weights
+    return values if divisor is None else values.sum() / divisor

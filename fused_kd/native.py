@@ -43,6 +43,8 @@ class Loss(ctypes.Structure):
 
 def leading_layout(tensor: Tensor) -> list[tuple[int, int]]:
     """(size, stride) of the dimensions before the last, with those merged that lie as one."""
+    if tensor.is_contiguous():
+        return [(tensor.numel() // tensor.shape[-1], tensor.shape[-1])]
     layout: list[tuple[int, int]] = []
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size == 1:

@@ -1,0 +1,19 @@
+"""Peak extra memory of a function, from PyTorch's own allocation records: compiled code and temporaries inside
+operators included. The native kernel's scratch, a few rows a thread, does not come from PyTorch and is not in it."""
+
+from collections.abc import Callable
+
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_extra_bytes(function: Callable[[], object]) -> int:
+    """What `function` holds at its peak beyond what was there before, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    assert recorded.profiler is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
