@@ -50,10 +50,11 @@ FKD_MATH float exp2_of(float x) {
     uint32_t bits, exponent;
     std::memcpy(&bits, &p, 4);
     std::memcpy(&exponent, &shifted, 4);
-    bits += exponent << 23;
+    // A mask, not a choice: a compiler that sees a branch repeats what follows for its zero.
+    bits = (bits + (exponent << 23)) & (0u - static_cast<uint32_t>(x >= kFlush));
     float y;
     std::memcpy(&y, &bits, 4);
-    return x < kFlush ? 0.0f : y;
+    return y;
 #endif
 }
 
@@ -75,6 +76,16 @@ struct Scales {
 // The point that a piece of a row is measured from: its maxima, or kLowest where all of it is -inf.
 struct Centre {
     float student, teacher;
+    float first_s, first_t, then;  // how (s - student) - (t - teacher) is taken: (s - first_s) - (t - first_t) - then
+
+    // s - t first: it is exact where the two are close numbers, and that is where delta has to be. Where one lies far
+    // above the other it is not, and the maxima are taken off first.
+    Centre(float max_s, float max_t) : student(max_s), teacher(max_t) {
+        const bool apart = std::fabs(max_s - max_t) > 8;
+        first_s = apart ? max_s : 0;
+        first_t = apart ? max_t : 0;
+        then = apart ? 0 : max_s - max_t;
+    }
 };
 
 // How exp(s - max) follows from e_s = exp((s - max) / tau): a power of it, or an exponential of its own.
@@ -96,8 +107,7 @@ FKD_MATH Pair exponentials(float s, float t, const Centre& m, const Scales& k) {
     Pair r;
     r.e_s = exp2_of((s - m.student) * k.log2);
     r.e_t = exp2_of((t - m.teacher) * k.log2);
-    // s - t first: it is exact where the two are close, and that is where delta has to be.
-    r.delta = ((s - t) - (m.student - m.teacher)) * k.unit;
+    r.delta = (((s - m.first_s) - (t - m.first_t)) - m.then) * k.unit;
     return r;
 }
 
@@ -188,9 +198,10 @@ template <class Real>
 FKD_MATH void finish_soft(const Partial<Real>& a, Row<Real>& row) {
     const Real x = (a.b1 + a.b2) / a.z_t, second = a.b2 / a.z_t;
     const Real direct = std::log(a.z_s / a.z_t);
-    row.log_ratio = std::fabs(x) < Real(0.5) ? std::log1p(x) : direct;
-    // Close to the teacher, B2 carries the value; far from it, B2 is large and B1 does.
-    const Real kl = std::fabs(x) + second < 1 ? std::log1p(x) - x + second : direct - a.b1 / a.z_t;
+    // Close to the teacher B1 and B2 are small and carry the value; far from it they are large and cancel.
+    const bool close = std::fabs(x) + second < 1;
+    row.log_ratio = close ? std::log1p(x) : direct;
+    const Real kl = close ? row.log_ratio - x + second : direct - a.b1 / a.z_t;
     row.kl = kl < 0 ? Real(0) : kl;
     row.teacher_entropy = std::log(a.z_t) - a.h / a.z_t * static_cast<Real>(kLn2);
     if (a.z_s == 0 || a.z_t == 0) row.kl = row.log_ratio = row.teacher_entropy = NAN;  // a row of -inf

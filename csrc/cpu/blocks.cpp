@@ -1,10 +1,21 @@
 // Plain loops, vectorised by the compiler, once per instruction set (target_clones picks at load time).
 #include "blocks.h"
 
+#include <type_traits>
+
+#include "../fused_kd.h"
+
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(FKD_NO_CLONES)
 #define FKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FKD_CLONES
+#endif
+#if defined(__GNUC__)
+#define FKD_INLINED __attribute__((always_inline))
+#define FKD_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define FKD_INLINED
+#define FKD_PREFETCH(address) (void)(address)
 #endif
 #define FKD_SIMD _Pragma("omp simd")
 #define FKD_SIMD_SUM(...) _Pragma(FKD_STRING(omp simd reduction(+ : __VA_ARGS__)))
@@ -13,54 +24,157 @@
 namespace fused_kd {
 namespace {
 
+FKD_MATH float of_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+FKD_MATH uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+// dtypes: the way of their bits into float32, and back to nearest even.
+struct Float32 {
+    using Bits = float;
+    FKD_MATH float widened(float x) { return x; }
+    FKD_MATH float narrowed(float x) { return x; }
+};
+
+struct Bfloat16 {
+    using Bits = uint16_t;
+    FKD_MATH float widened(uint16_t x) { return of_bits(static_cast<uint32_t>(x) << 16); }
+    FKD_MATH uint16_t narrowed(float x) {
+        const uint32_t bits = bits_of(x);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+    }
+};
+
+struct Float16 {
+    using Bits = uint16_t;
+    // The exponents' biases differ by 112: a product moves them and makes subnormal numbers normal.
+    FKD_MATH float widened(uint16_t x) {
+        const uint32_t magnitude = x & 0x7fffu, sign = static_cast<uint32_t>(x & 0x8000u) << 16;
+        const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+        return of_bits(bits_of(of_bits(magnitude << 13) * 0x1p112f) | special | sign);
+    }
+    FKD_MATH uint16_t narrowed(float x) {
+        const uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+        const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+        // Adding 1/2 puts a subnormal's last bit at float32's last bit, and the addition rounds it.
+        const uint32_t subnormal = bits_of(of_bits(magnitude) + 0.5f) - bits_of(0.5f);
+        const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+        const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+        return static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? large : finite));
+    }
+};
+
+// A run-time choice as a type: call(constant or dtype).
+template <class Call>
+auto with_hard(Hard hard, const Call& call) {
+    switch (hard) {
+        case Hard::same: return call(std::integral_constant<Hard, Hard::same>());
+        case Hard::square: return call(std::integral_constant<Hard, Hard::square>());
+        case Hard::exponential: return call(std::integral_constant<Hard, Hard::exponential>());
+        default: return call(std::integral_constant<Hard, Hard::off>());
+    }
+}
+template <class Call>
+auto with_dtype(int64_t dtype, const Call& call) {
+    switch (dtype) {
+        case FKD_BFLOAT16: return call(Bfloat16());
+        case FKD_FLOAT16: return call(Float16());
+        default: return call(Float32());
+    }
+}
+template <class Dtype>
+typename Dtype::Bits* elements(void* data, Dtype) {
+    return static_cast<typename Dtype::Bits*>(data);
+}
+
+// A block's sums are kept in this many lanes, whatever the width of the machine's vectors: so their order, and with it
+// a row's bits, depends on neither that nor the alignment of the data.
+constexpr int kLanes = 16;
+
+FKD_MATH float total(float* lanes) {
+    for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+    return lanes[0];
+}
+
+// Asks memory for the next block's columns j .. j + width: a little at a time, so that it comes during the arithmetic.
+FKD_MATH void fetch(const Ahead& a, int j, int width) {
+    for (int l = 0; l < width; l += kLanes)
+        for (int i = 0; i < kStreams; ++i) FKD_PREFETCH(a.at[i] + (j + l) * a.size[i]);
+}
+
+// step(first, width) for all columns, `lanes` at a time, the last ones one by one.
+template <int lanes, class Step>
+FKD_MATH void in_lanes(int n, const Step& step) {
+    int j = 0;
+    for (; j + lanes <= n; j += lanes) step(j, lanes);
+    for (; j < n; ++j) step(j, 1);
+}
+
 template <Hard hard, bool keep>
 FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict t, int n, Centre m, Scales k,
-                             float* __restrict excess, float* __restrict e_t, float* __restrict e_1) {
-    float z_s = 0, z_t = 0, b1 = 0, b2 = 0, z_1 = 0;
-    FKD_SIMD_SUM(z_s, z_t, b1, b2, z_1)
-    for (int j = 0; j < n; ++j) {
-        const Pair pair = exponentials(s[j], t[j], m, k);
-        const Share part = share(pair.e_s, pair.e_t, pair.delta);
-        z_s += pair.e_s;
-        z_t += pair.e_t;
-        b1 += part.b1;
-        b2 += part.b2;
-        if (hard != Hard::off) {
-            const float e = hard_exponential<hard>(pair.e_s, s[j], m.student);
-            z_1 += e;
-            if (keep && hard == Hard::exponential) e_1[j] = e;
+                             float* __restrict excess, float* __restrict e_t, float* __restrict e_1, Ahead ahead) {
+    float z_s[kLanes] = {}, z_t[kLanes] = {}, b1[kLanes] = {}, b2[kLanes] = {}, z_1[kLanes] = {};
+    in_lanes<kLanes>(n, [&](int j, int width) FKD_INLINED {
+        fetch(ahead, j, width);
+        FKD_SIMD
+        for (int l = 0; l < width; ++l) {
+            const Pair pair = exponentials(s[j + l], t[j + l], m, k);
+            const Share part = share(pair.e_s, pair.e_t, pair.delta);
+            z_s[l] += pair.e_s;
+            z_t[l] += pair.e_t;
+            b1[l] += part.b1;
+            b2[l] += part.b2;
+            if (hard != Hard::off) {
+                const float e = hard_exponential<hard>(pair.e_s, s[j + l], m.student);
+                z_1[l] += e;
+                if (keep && hard == Hard::exponential) e_1[j + l] = e;
+            }
+            if (keep) {
+                excess[j + l] = part.excess;
+                e_t[j + l] = pair.e_t;
+            }
         }
-        if (keep) {
-            excess[j] = part.excess;
-            e_t[j] = pair.e_t;
-        }
-    }
-    return {z_s, z_t, b1, b2, z_1};
+    });
+    return {total(z_s), total(z_t), total(b1), total(b2), total(z_1)};
 }
 
-template <Hard hard>
+template <Hard hard, class Dtype>
 FKD_CLONES void gradient_of(const float* __restrict s, const float* __restrict t, int n, GradientScales r, Scales k,
-                            float* g) {
+                            typename Dtype::Bits* g, Ahead ahead) {
     const float by_e_s = r.soft * r.per_z_s, by_e_t = r.soft * r.per_z_t;
-    FKD_SIMD
-    for (int j = 0; j < n; ++j) {
-        const Pair pair = exponentials(s[j], t[j], r.max, k);
-        float y = probability_difference(pair.e_s * by_e_s, pair.e_t * by_e_t, pair.delta - r.log_ratio) + r.constant;
-        if (hard != Hard::off) y += r.hard * hard_exponential<hard>(pair.e_s, s[j], r.max.student);
-        g[j] = y;
-    }
+    in_lanes<kLanes * 4 / sizeof(typename Dtype::Bits)>(n, [&](int j, int width) FKD_INLINED {
+        fetch(ahead, j, width);
+        FKD_SIMD
+        for (int l = 0; l < width; ++l) {
+            const Pair pair = exponentials(s[j + l], t[j + l], r.max, k);
+            const float log_ratio = pair.delta - r.log_ratio;
+            float y = probability_difference(pair.e_s * by_e_s, pair.e_t * by_e_t, log_ratio) + r.constant;
+            if (hard != Hard::off) y += r.hard * hard_exponential<hard>(pair.e_s, s[j + l], r.max.student);
+            g[j + l] = Dtype::narrowed(y);
+        }
+    });
 }
 
-template <Hard hard>
+template <Hard hard, class Dtype>
 FKD_CLONES void gradient_of_kept(const float* __restrict excess, const float* __restrict e_t,
-                                 const float* __restrict e_1, int n, KeptFactors f, float* __restrict g) {
+                                 const float* __restrict e_1, int n, KeptFactors f,
+                                 typename Dtype::Bits* __restrict g) {
     FKD_SIMD
     for (int j = 0; j < n; ++j) {
         float y = excess[j] * f.by_excess + (e_t[j] * f.by_e_t + f.constant);
         if (hard == Hard::exponential) y += e_1[j] * f.by_e_1;
         if (hard == Hard::same) y += (excess[j] + e_t[j]) * f.by_e_1;
         if (hard == Hard::square) y += (excess[j] + e_t[j]) * (excess[j] + e_t[j]) * f.by_e_1;
-        g[j] = y;
+        g[j] = Dtype::narrowed(y);
     }
 }
 
@@ -76,64 +190,72 @@ FKD_CLONES float hard_sum_of(const float* __restrict s, int n, float student_max
     return z_1;
 }
 
-float of_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
+template <class Dtype>
+FKD_CLONES void hard_gradient_of(const float* __restrict s, int n, GradientScales r, typename Dtype::Bits* g) {
+    FKD_SIMD
+    for (int j = 0; j < n; ++j)
+        g[j] = Dtype::narrowed(r.hard * hard_exponential<Hard::exponential>(0, s[j], r.max.student) + r.constant);
 }
 
-uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
+template <class Dtype>
+FKD_CLONES void hard_gradient_of_kept(const float* __restrict e_1, int n, KeptFactors f,
+                                      typename Dtype::Bits* __restrict g) {
+    FKD_SIMD
+    for (int j = 0; j < n; ++j) g[j] = Dtype::narrowed(e_1[j] * f.by_e_1 + f.constant);
+}
+
+template <class Dtype>
+FKD_CLONES void widen_all(const typename Dtype::Bits* __restrict x, int n, float* __restrict out) {
+    FKD_SIMD
+    for (int j = 0; j < n; ++j) out[j] = Dtype::widened(x[j]);
 }
 
 }  // namespace
 
-BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, const Kept* kept) {
-    switch (hard) {
-#define FKD_CASE(H)                                                                                    \
-    case H:                                                                                            \
-        return kept ? sums_of<H, true>(s, t, n, m, k, kept->excess, kept->e_t, kept->e_1)              \
-                    : sums_of<H, false>(s, t, n, m, k, nullptr, nullptr, nullptr);
-        FKD_CASE(Hard::off) FKD_CASE(Hard::same) FKD_CASE(Hard::square) FKD_CASE(Hard::exponential)
-#undef FKD_CASE
-    }
-    return {};
+BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, const Kept* kept,
+                     const Ahead& ahead) {
+    return with_hard(hard, [&](auto h) {
+        return kept ? sums_of<h.value, true>(s, t, n, m, k, kept->excess, kept->e_t, kept->e_1, ahead)
+                    : sums_of<h.value, false>(s, t, n, m, k, nullptr, nullptr, nullptr, ahead);
+    });
 }
 
-void block_gradient(Hard hard, const float* s, const float* t, int n, const GradientScales& r, const Scales& k, float* g) {
-    switch (hard) {
-        case Hard::off: return gradient_of<Hard::off>(s, t, n, r, k, g);
-        case Hard::same: return gradient_of<Hard::same>(s, t, n, r, k, g);
-        case Hard::square: return gradient_of<Hard::square>(s, t, n, r, k, g);
-        case Hard::exponential: return gradient_of<Hard::exponential>(s, t, n, r, k, g);
-    }
+void block_gradient(Hard hard, const float* s, const float* t, int n, const GradientScales& r, const Scales& k,
+                    Output g, const Ahead& ahead) {
+    with_hard(hard, [&](auto h) {
+        with_dtype(g.dtype, [&](auto d) {
+            gradient_of<h.value, decltype(d)>(s, t, n, r, k, elements(g.data, d), ahead);
+        });
+    });
 }
 
-void block_gradient_of_kept(Hard hard, const Kept& kept, int n, const KeptFactors& f, float* g) {
-    switch (hard) {
-        case Hard::off: return gradient_of_kept<Hard::off>(kept.excess, kept.e_t, kept.e_1, n, f, g);
-        case Hard::same: return gradient_of_kept<Hard::same>(kept.excess, kept.e_t, kept.e_1, n, f, g);
-        case Hard::square: return gradient_of_kept<Hard::square>(kept.excess, kept.e_t, kept.e_1, n, f, g);
-        case Hard::exponential: return gradient_of_kept<Hard::exponential>(kept.excess, kept.e_t, kept.e_1, n, f, g);
-    }
+void block_gradient_of_kept(Hard hard, const Kept& kept, int n, const KeptFactors& f, Output g) {
+    with_hard(hard, [&](auto h) {
+        with_dtype(g.dtype, [&](auto d) {
+            gradient_of_kept<h.value, decltype(d)>(kept.excess, kept.e_t, kept.e_1, n, f, elements(g.data, d));
+        });
+    });
+}
+
+void block_hard_gradient(const float* s, int n, const GradientScales& r, Output g) {
+    with_dtype(g.dtype, [&](auto d) { hard_gradient_of<decltype(d)>(s, n, r, elements(g.data, d)); });
+}
+
+void block_hard_gradient_of_kept(const Kept& kept, int n, const KeptFactors& f, Output g) {
+    with_dtype(g.dtype, [&](auto d) { hard_gradient_of_kept<decltype(d)>(kept.e_1, n, f, elements(g.data, d)); });
+}
+
+void widen(const void* x, int64_t dtype, int n, float* out) {
+    dtype == FKD_BFLOAT16 ? widen_all<Bfloat16>(static_cast<const uint16_t*>(x), n, out)
+                          : widen_all<Float16>(static_cast<const uint16_t*>(x), n, out);
+}
+
+void narrow(float x, Output out) {
+    with_dtype(out.dtype, [&](auto d) { *elements(out.data, d) = d.narrowed(x); });
 }
 
 float block_hard_sum(const float* s, int n, float student_max, float* e_1) {
     return e_1 ? hard_sum_of<true>(s, n, student_max, e_1) : hard_sum_of<false>(s, n, student_max, e_1);
-}
-
-FKD_CLONES void block_hard_gradient(const float* __restrict s, int n, const GradientScales& r, float* g) {
-    FKD_SIMD
-    for (int j = 0; j < n; ++j)
-        g[j] = r.hard * hard_exponential<Hard::exponential>(0, s[j], r.max.student) + r.constant;
-}
-
-FKD_CLONES void block_hard_gradient_of_kept(const Kept& kept, int n, const KeptFactors& f, float* __restrict g) {
-    const float* __restrict e_1 = kept.e_1;
-    FKD_SIMD
-    for (int j = 0; j < n; ++j) g[j] = e_1[j] * f.by_e_1 + f.constant;
 }
 
 FKD_CLONES float block_maximum(const float* x, int n) {
@@ -167,43 +289,6 @@ FKD_CLONES float block_entropy_sum(const float* t, int n, float teacher_max, con
         h += e_t > 0 ? e_t * x : 0.0f;
     }
     return h;
-}
-
-FKD_CLONES void widen_bfloat16(const uint16_t* __restrict x, int n, float* __restrict out) {
-    FKD_SIMD
-    for (int j = 0; j < n; ++j) out[j] = of_bits(static_cast<uint32_t>(x[j]) << 16);
-}
-
-// The exponents' biases differ by 112: a product moves them and makes subnormal numbers normal.
-FKD_CLONES void widen_float16(const uint16_t* __restrict x, int n, float* __restrict out) {
-    FKD_SIMD
-    for (int j = 0; j < n; ++j) {
-        const uint32_t magnitude = x[j] & 0x7fffu, sign = static_cast<uint32_t>(x[j] & 0x8000u) << 16;
-        const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-        out[j] = of_bits(bits_of(of_bits(magnitude << 13) * 0x1p112f) | special | sign);
-    }
-}
-
-FKD_CLONES void narrow_bfloat16(const float* __restrict x, int n, uint16_t* __restrict out) {
-    FKD_SIMD
-    for (int j = 0; j < n; ++j) {
-        const uint32_t bits = bits_of(x[j]);
-        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        out[j] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-    }
-}
-
-FKD_CLONES void narrow_float16(const float* __restrict x, int n, uint16_t* __restrict out) {
-    FKD_SIMD
-    for (int j = 0; j < n; ++j) {
-        const uint32_t bits = bits_of(x[j]), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-        const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-        // Adding 1/2 puts a subnormal's last bit at float32's last bit, and the addition rounds it.
-        const uint32_t subnormal = bits_of(of_bits(magnitude) + 0.5f) - bits_of(0.5f);
-        const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
-        const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-        out[j] = static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? large : finite));
-    }
 }
 
 }  // namespace fused_kd

@@ -34,7 +34,7 @@ class LogitsRow {
     // Columns begin .. begin + n: in place where they are float32 already, else widened into `buffer`.
     const float* read(int64_t begin, int n, float* buffer) const {
         if (dtype_ == FKD_FLOAT32) return float32(begin);
-        dtype_ == FKD_BFLOAT16 ? widen_bfloat16(bits(begin), n, buffer) : widen_float16(bits(begin), n, buffer);
+        widen(address(begin), dtype_, n, buffer);
         return buffer;
     }
     float read(int64_t column) const {
@@ -42,23 +42,21 @@ class LogitsRow {
         return *read(column, 1, &buffer);
     }
 
-    // Where float32 values for these columns are put before write() brings them home.
-    float* place(int64_t begin, float* buffer) const { return dtype_ == FKD_FLOAT32 ? float32(begin) : buffer; }
-    void write(const float* placed, int64_t begin, int n) const {
-        if (dtype_ == FKD_BFLOAT16) narrow_bfloat16(placed, n, bits(begin));
-        if (dtype_ == FKD_FLOAT16) narrow_float16(placed, n, bits(begin));
-    }
+    Output output(int64_t begin) const { return {address(begin), dtype_}; }
+    char* address(int64_t begin) const { return data_ + begin * size_; }
+
     void write_zeros(int64_t begin, int64_t end) const {
         if (begin < end) std::memset(data_ + begin * size_, 0, static_cast<size_t>((end - begin) * size_));
     }
 
   private:
     float* float32(int64_t begin) const { return reinterpret_cast<float*>(data_) + begin; }
-    uint16_t* bits(int64_t begin) const { return reinterpret_cast<uint16_t*>(data_) + begin; }
 
     int64_t dtype_, size_;
     char* data_;
 };
+
+constexpr int64_t kHugePage = int64_t(2) << 20;
 
 // A fresh gradient costs a page fault for every 4 KiB, as much time as computing it. Huge pages cost 512 times fewer.
 inline void prefer_huge_pages(const FkdRows& a) {
@@ -66,7 +64,7 @@ inline void prefer_huge_pages(const FkdRows& a) {
     int64_t elements = a.columns;
     for (int64_t d = a.dims - 1; d >= 0; elements *= a.sizes[d--])
         if (a.strides[d] != elements) return;
-    constexpr uintptr_t huge = uintptr_t(2) << 20;
+    constexpr uintptr_t huge = kHugePage;
     const uintptr_t data = reinterpret_cast<uintptr_t>(a.data);
     const uintptr_t begin = (data + huge - 1) / huge * huge;
     const uintptr_t end = (data + static_cast<uintptr_t>(elements * element_size(a))) / huge * huge;

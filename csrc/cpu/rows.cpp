@@ -29,15 +29,14 @@ struct Range {
 // What one row needs while it is worked on.
 struct Workspace {
     std::vector<Partial<double>> pieces;  // one a block
-    std::vector<float> kept;              // fused verb: up to three floats a column
+    std::vector<float> kept;              // fused verb: kept_ floats a column
     float stats[FKD_STATS];
 };
 
 class Verb {
   public:
     Verb(const FkdRows& student, const FkdRows& teacher, const int64_t* targets, const FkdLoss& loss, int64_t threads)
-        : student_(student), teacher_(teacher), targets_(targets), loss_(loss),
-          scales_(loss.temperature),
+        : student_(student), teacher_(teacher), targets_(targets), loss_(loss), scales_(loss.temperature),
           teacher_factor_(static_cast<float>(loss.temperature / loss.teacher_temperature)), rows_(row_count(student)),
           columns_(std::min(student.columns, teacher.columns)), blocks_((columns_ + kBlock - 1) / kBlock),
           threads_(std::max<int64_t>(1, std::min(threads, rows_ * columns_ / kColumnsPerThread))),
@@ -46,7 +45,8 @@ class Verb {
                 : !loss.soft              ? Hard::exponential
                 : loss.temperature == 1.0 ? Hard::same
                 : loss.temperature == 2.0 ? Hard::square
-                                          : Hard::exponential) {}
+                                          : Hard::exponential),
+          kept_(!loss.soft ? 1 : hard_ == Hard::exponential ? 3 : 2) {}
 
     int64_t first_bad_target() const {
         for (int64_t row = 0; row < rows_; ++row)
@@ -56,31 +56,36 @@ class Verb {
 
     void forward(float* soft, float* hard, float* stats) const {
         std::vector<Workspace> spaces = workspaces(0);
-        run([&](int64_t row, int64_t b) { measure(row, b, space(spaces, row), false); },
+        run([&](int64_t row, int64_t b, int64_t before) {
+                measure(row, b, space(spaces, row), before, nullptr);
+            },
             [&](int64_t row) { finish(row, space(spaces, row), soft, hard, stats + row * FKD_STATS); },
             [](int64_t, int64_t) {});
     }
 
     void backward(const float* stats, const float* grad_soft, const float* grad_hard, const FkdRows& gradient) const {
         prefer_huge_pages(gradient);
-        run([](int64_t, int64_t) {}, [](int64_t) {},
+        run([](int64_t, int64_t, int64_t) {}, [](int64_t) {},
             [&](int64_t row, int64_t b) {
                 const float* stat = stats + row * FKD_STATS;
                 const GradientScales r = gradient_scales(row, stat, grad_soft, grad_hard);
-                write_gradient(row, b, gradient, r, [&](Range at, float* g) {
+                write_gradient(row, b, gradient, r, [&](Range at, Output g) {
                     float buffers[2][kBlock];
                     const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
                     if (!loss_.soft) return block_hard_gradient(s, at.n, r, g);
                     const float* t = teacher_logits(row, at, buffers[1]);
-                    block_gradient(hard_, s, t, at.n, r, scales_, g);
+                    block_gradient(hard_, s, t, at.n, r, scales_, g, ahead(row, b, row, &gradient, nullptr));
                 });
             });
     }
 
-    void fused(const float* coef_soft, const float* coef_hard, float* soft, float* hard, const FkdRows& gradient) const {
+    void fused(const float* coef_soft, const float* coef_hard, float* soft, float* hard,
+               const FkdRows& gradient) const {
         prefer_huge_pages(gradient);
-        std::vector<Workspace> spaces = workspaces(!loss_.soft ? 1 : hard_ == Hard::exponential ? 3 : 2);
-        run([&](int64_t row, int64_t b) { measure(row, b, space(spaces, row), true); },
+        std::vector<Workspace> spaces = workspaces(kept_);
+        run([&](int64_t row, int64_t b, int64_t before) {
+                measure(row, b, space(spaces, row), before, &gradient);
+            },
             [&](int64_t row) {
                 Workspace& w = space(spaces, row);
                 finish(row, w, soft, hard, w.stats);
@@ -88,7 +93,7 @@ class Verb {
             [&](int64_t row, int64_t b) {
                 Workspace& w = space(spaces, row);
                 const GradientScales r = gradient_scales(row, w.stats, coef_soft, coef_hard);
-                write_gradient(row, b, gradient, r, [&](Range at, float* g) {
+                write_gradient(row, b, gradient, r, [&](Range at, Output g) {
                     const KeptFactors f = kept_factors(w.pieces[static_cast<size_t>(b)], r);
                     const Kept kept = kept_block(w, b);
                     loss_.soft ? block_gradient_of_kept(hard_, kept, at.n, f, g)
@@ -106,6 +111,30 @@ class Verb {
         if (teacher_factor_ == 1.0f) return t;
         block_scale(t, at.n, teacher_factor_, buffer);
         return buffer;
+    }
+    // What is touched after block b of `row`: the next block of logits, and in step with it the gradient of row
+    // `before` and what is kept, where the verb has them. A stream that it lacks repeats the first.
+    Ahead ahead(int64_t row, int64_t b, int64_t before, const FkdRows* gradient, const float* kept) const {
+        if (++b == blocks_) {
+            before = row;
+            row = std::min(row + 1, rows_ - 1);
+            b = 0;
+        }
+        Ahead a;
+        int streams = 0;
+        const auto add = [&](const void* at, int size) {
+            a.at[streams] = static_cast<const char*>(at);
+            a.size[streams++] = size;
+        };
+        const auto add_row = [&](const FkdRows& rows, int64_t of) {
+            add(LogitsRow(rows, of).address(b * kBlock), static_cast<int>(element_size(rows)));
+        };
+        add_row(student_, row);
+        add_row(teacher_, row);
+        if (gradient && before >= 0) add_row(*gradient, before);
+        for (int i = 0; kept && i < kept_; ++i) add(kept + i * kept_stride() + b * kBlock, sizeof(float));
+        while (streams < kStreams) add(a.at[0], a.size[0]);
+        return a;
     }
     bool labelled(int64_t row) const { return hard_ != Hard::off && targets_[row] >= 0; }
 
@@ -130,15 +159,27 @@ class Verb {
         return {first, first + stride, hard_ == Hard::exponential ? first + 2 * stride : nullptr};
     }
 
+    // measure(row, b, before) for all blocks of a row, then finish(row), then fill(row, b) for all its blocks. A
+    // thread fills a row (bound by memory) in step with measuring its next one (bound by arithmetic), so that they
+    // overlap, and what is kept of a block gives its place to the next row's block while in cache. `before` is the row
+    // being filled, or -1.
     template <class Measure, class Finish, class Fill>
     void run(const Measure& measure, const Finish& finish, const Fill& fill) const {
         if (!split_) {
-            const int64_t chunk = std::max<int64_t>(1, kColumnsPerThread / columns_);
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads_) if (threads_ > 1)
-            for (int64_t row = 0; row < rows_; ++row) {
-                for (int64_t b = 0; b < blocks_; ++b) measure(row, b);
-                finish(row);
-                for (int64_t b = blocks_; b-- > 0;) fill(row, b);  // backwards: the last block is still in cache
+            const int64_t chunk = rows_at_once();
+#pragma omp parallel num_threads(threads_) if (threads_ > 1)
+            {
+                int64_t before = -1;
+#pragma omp for schedule(dynamic, chunk) nowait
+                for (int64_t row = 0; row < rows_; ++row) {
+                    for (int64_t b = 0; b < blocks_; ++b) {
+                        if (before >= 0) fill(before, b);
+                        measure(row, b, before);
+                    }
+                    finish(row);
+                    before = row;
+                }
+                for (int64_t b = 0; before >= 0 && b < blocks_; ++b) fill(before, b);
             }
             (void)chunk;
             return;
@@ -147,7 +188,7 @@ class Verb {
         {
 #pragma omp for collapse(2)
             for (int64_t row = 0; row < rows_; ++row)
-                for (int64_t b = 0; b < blocks_; ++b) measure(row, b);
+                for (int64_t b = 0; b < blocks_; ++b) measure(row, b, -1);
 #pragma omp for
             for (int64_t row = 0; row < rows_; ++row) finish(row);
 #pragma omp for collapse(2)
@@ -156,7 +197,15 @@ class Verb {
         }
     }
 
-    void measure(int64_t row, int64_t b, Workspace& w, bool keep) const {
+    // Rows handed to a thread at once: a huge page of the gradient, since two threads that touch a new page together
+    // both clear it, but no less than four turns for each thread, unless rows are tiny.
+    int64_t rows_at_once() const {
+        const int64_t page = std::min(kHugePage / 4 / columns_, rows_ / (4 * threads_));
+        return std::max<int64_t>({1, kColumnsPerThread / columns_, page});
+    }
+
+    void measure(int64_t row, int64_t b, Workspace& w, int64_t before, const FkdRows* gradient) const {
+        const bool keep = gradient != nullptr;  // the fused verb: fill() will write it from what is kept
         if (targets_[row] == FKD_SKIP) return;
         float buffers[2][kBlock];
         const Range at = range(b);
@@ -168,7 +217,8 @@ class Verb {
         if (loss_.soft) {
             const float* t = teacher_logits(row, at, buffers[1]);
             const float max_t = block_maximum(t, at.n);
-            const BlockSums sums = block_sums(hard_, s, t, at.n, {max_s, max_t}, scales_, keep ? &kept : nullptr);
+            const Ahead next = ahead(row, b, before, gradient, keep ? w.kept.data() : nullptr);
+            const BlockSums sums = block_sums(hard_, s, t, at.n, Centre(max_s, max_t), scales_, keep ? &kept : nullptr, next);
             piece.max_t = max_t;
             piece.z_s = sums.z_s;
             piece.z_t = sums.z_t;
@@ -198,8 +248,10 @@ class Verb {
         const int64_t target = targets_[row];
         Partial<double> total;
         Row<double> result;
-        if (target != FKD_SKIP)
-            for (const Partial<double>& piece : w.pieces) total = merge(total, piece, scales_);
+        if (target != FKD_SKIP) {
+            total = w.pieces[0];
+            for (size_t b = 1; b < w.pieces.size(); ++b) total = merge(total, w.pieces[b], scales_);
+        }
         if (target != FKD_SKIP && loss_.soft) {
             finish_soft(total, result);
             const bool entropy = loss_.divergence == FKD_CROSS_ENTROPY;
@@ -220,7 +272,7 @@ class Verb {
 
     GradientScales gradient_scales(int64_t row, const float* stats, const float* soft, const float* hard) const {
         GradientScales r;
-        r.max = {stats[FKD_STUDENT_MAX], stats[FKD_TEACHER_MAX]};
+        r.max = Centre(stats[FKD_STUDENT_MAX], stats[FKD_TEACHER_MAX]);
         r.per_z_s = 1 / stats[FKD_STUDENT_SUM];
         r.per_z_t = 1 / stats[FKD_TEACHER_SUM];
         r.log_ratio = stats[FKD_LOG_RATIO];
@@ -237,7 +289,8 @@ class Verb {
 
     // fill(columns, g) computes one block of the gradient but for the label's own element.
     template <class Fill>
-    void write_gradient(int64_t row, int64_t b, const FkdRows& gradient, const GradientScales& r, const Fill& fill) const {
+    void write_gradient(int64_t row, int64_t b, const FkdRows& gradient, const GradientScales& r,
+                        const Fill& fill) const {
         const LogitsRow out(gradient, row);
         const Range at = range(b);
         if (b == blocks_ - 1) out.write_zeros(columns_, gradient.columns);
@@ -245,11 +298,8 @@ class Verb {
         const int64_t label = targets_[row] - at.begin;
         const bool here = labelled(row) && 0 <= label && label < at.n;
         const float at_label = here ? gradient_at_label(row, r) : 0;  // before the gradient overwrites the logits
-        float buffer[kBlock];
-        float* g = out.place(at.begin, buffer);
-        fill(at, g);
-        if (here) g[label] = at_label;
-        out.write(g, at.begin, at.n);
+        fill(at, out.output(at.begin));
+        if (here) narrow(at_label, out.output(targets_[row]));
     }
 
     // softmax(s)[label] - 1 would lose what a sure student has left to learn; r.at_label has it from the other columns.
@@ -283,6 +333,7 @@ class Verb {
     int64_t rows_, columns_, blocks_, threads_;
     bool split_;
     Hard hard_;
+    int64_t kept_;  // floats a column that the fused verb keeps
 };
 
 template <class Call>

@@ -131,10 +131,11 @@ class _Chunk:
 
     def _pair(self, max_s: Tensor, max_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e_s, e_t and delta: e_s = e_t exp(delta)."""
-        e_s = ((self.s - max_s) * self.scale).exp()
-        e_t = ((self.t - max_t) * self.scale).exp()
-        # s - t first: it is exact where the two are close, and that is where delta has to be.
-        return e_s, e_t, ((self.s - self.t) - (max_s - max_t)) * self.scale
+        from_s, from_t, apart = self.s - max_s, self.t - max_t, max_s - max_t
+        # s - t first: it is exact where the two are close numbers, and that is where delta has to be. Where one lies
+        # far above the other it is not, and the maxima are taken off first.
+        difference = torch.where(apart.abs() > 8, from_s - from_t, (self.s - self.t) - apart)
+        return (from_s * self.scale).exp(), (from_t * self.scale).exp(), difference * self.scale
 
     def finish(self, soft: Tensor, hard: Tensor, stats: Tensor) -> None:
         o = self.options
@@ -151,8 +152,10 @@ class _Chunk:
             b2 = torch.where(delta.abs() < _SMALL, b1 * _phi_over_delta(delta), plain - b1)
             z_s, z_t, b1_sum, b2_sum = (x.sum(-1, dtype=final) for x in (e_s, e_t, b1, b2))
             x, second, direct = (b1_sum + b2_sum) / z_t, b2_sum / z_t, (z_s / z_t).log()
-            near = x.abs() + second < 1
-            kl = torch.where(near, x.log1p() - x + second, direct - b1_sum / z_t).clamp(min=0)
+            # Close to the teacher b1 and b2 are small and carry the value; far from it they are large and cancel.
+            close = x.abs() + second < 1
+            log_ratio = torch.where(close, x.log1p(), direct)
+            kl = torch.where(close, log_ratio - x + second, direct - b1_sum / z_t).clamp(min=0)
             whole = (z_s != 0) & (z_t != 0)  # else a row of -inf
             value = kl
             if o.divergence == "cross_entropy":
@@ -163,7 +166,7 @@ class _Chunk:
             stat[:, TEACHER_MAX] = max_t.squeeze(1).to(final)
             stat[:, STUDENT_SUM] = torch.where(whole, z_s, nan)
             stat[:, TEACHER_SUM] = torch.where(whole, z_t, nan)
-            stat[:, LOG_RATIO] = torch.where(x.abs() < 0.5, x.log1p(), direct)
+            stat[:, LOG_RATIO] = log_ratio
         if o.hard:
             e_1 = (self.s - max_s).exp()
             others = e_1.scatter(1, self.label, 0.0).sum(-1, dtype=final)
