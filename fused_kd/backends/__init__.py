@@ -1,8 +1,8 @@
 """The row operations, and the one place that chooses who runs them.
 
-A backend is a module with a `NAME`, `unavailable()`, `refuses(student, teacher)` and the same three verbs. Rows are
-the positions of logits [..., V] in row-major order; `targets` says what each row is for: a label, or one of the two
-constants in `fused_kd.backends.rows`.
+A backend is a module with a `NAME`, a `DESCRIPTION` in one line, `unavailable()`, `refuses(student, teacher)` and the
+same three verbs. Rows are the positions of logits [..., V] in row-major order; `targets` says what each row is for: a
+label, or one of the two constants in `fused_kd.backends.rows`.
 
     rows_forward (student, teacher, targets, rows)                         -> soft[N], hard[N], stats[N, k]
     rows_backward(student, teacher, targets, stats, gs[N], gh[N], rows, out)  writes d(sum gs soft + gh hard)/d student

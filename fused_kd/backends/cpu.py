@@ -9,6 +9,7 @@ from fused_kd import native
 from fused_kd.backends.rows import STATS, RowOptions, bad_target, vocabulary
 
 NAME = "cpu"
+DESCRIPTION = "compiled for the CPU: vectorised, threaded; float32, bfloat16, float16"
 
 
 def unavailable() -> str | None:

@@ -28,6 +28,7 @@ from fused_kd.backends.rows import (
 )
 
 NAME = "torch"
+DESCRIPTION = "plain PyTorch, a few rows at a time: any device, any floating dtype"
 
 _CHUNK = 1 << 20  # elements worked on at a time
 _SMALL = 0.125  # below this |delta| a polynomial is more exact than a difference of exponentials

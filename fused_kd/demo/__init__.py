@@ -1,0 +1,39 @@
+"""`fused-kd demo`: the paper's experiment on a small scale, then the loss on a large one.
+
+    digits.py      a student recognises a class that it never saw; trained with the fused loss and with the eager one
+    vocabulary.py  time and memory of one step of both losses at a language model's vocabulary
+    eager.py       the loss as one would write it without this package
+    report.py      the terminal's text and the picture
+
+This file imports none of the extras, so that it can say which are missing.
+"""
+
+import importlib.util
+from pathlib import Path
+
+ROWS, QUICK_ROWS = 128, 64
+FEWEST_ROWS = 64  # below, a tensor comes from a heap that keeps what is freed, and memory cannot be told
+EPOCHS, QUICK_EPOCHS = 100, 10
+_EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+
+
+def problem(output: Path) -> str | None:
+    """Why the demo cannot run, and what to do about it: said before the work, not after it."""
+    missing = [name for module, name in _EXTRAS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return f"needs {' and '.join(missing)}; install with: pip install 'fused_kd[demo]'"
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        return f"--output {output} is not a file in an existing folder"
+    return None
+
+
+def run(output: Path, *, seed: int, quick: bool, rows: int) -> None:
+    """Does the work, prints what came out, and writes the picture."""
+    from fused_kd.demo import digits, report, vocabulary  # noqa: PLC0415 (these need the extras)
+
+    report.title(seed)
+    with report.progress() as track:
+        learned = digits.run(QUICK_EPOCHS if quick else EPOCHS, seed, track)
+        measured = vocabulary.run(rows, seed, track)
+    report.tables(learned, measured)
+    report.picture(learned, measured, output)

@@ -1,0 +1,55 @@
+"""The command line, `fused-kd`: what this installation can do (`info`) and what the loss does (`demo`)."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fused_kd
+from fused_kd import demo, info
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fused-kd", description=fused_kd.__doc__)
+    parser.add_argument("--version", action="version", version=f"fused_kd {fused_kd.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    text = "versions, devices, and the backends with what each is built for, or why it is missing"
+    command = commands.add_parser("info", help=text, description=text)
+    command.set_defaults(run=_info)
+
+    text = "distils handwritten digits, then measures the loss at a language model's vocabulary (under two minutes)"
+    command = commands.add_parser("demo", help=text, description=text)
+    command.add_argument("--output", type=Path, default=Path("fused-kd-demo.png"), help="the picture (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the split, the networks and the logits (%(default)s)")
+    command.add_argument("--quick", action="store_true", help="a few seconds: shorter training, fewer rows")
+    command.add_argument("--rows", type=_rows, help=f"rows of logits in the second part ({demo.ROWS})")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _rows(text: str) -> int:
+    if (rows := int(text)) < demo.FEWEST_ROWS:
+        raise argparse.ArgumentTypeError(f"must be at least {demo.FEWEST_ROWS}, got {rows}")
+    return rows
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    print(info.report())
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    problem = demo.problem(arguments.output)
+    if problem is not None:
+        print(f"fused-kd demo: {problem}", file=sys.stderr)
+        return 1
+    rows = arguments.rows or (demo.QUICK_ROWS if arguments.quick else demo.ROWS)
+    demo.run(arguments.output, seed=arguments.seed, quick=arguments.quick, rows=rows)
+    return 0
