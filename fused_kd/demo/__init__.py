@@ -9,11 +9,13 @@ This file imports none of the extras, so that it can say which are missing.
 """
 
 import importlib.util
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROWS, QUICK_ROWS = 128, 64
 FEWEST_ROWS = 64  # below, a tensor comes from a heap that keeps what is freed, and memory cannot be told
 EPOCHS, QUICK_EPOCHS = 100, 10
+Track = Callable[[str, int], Iterable[int]]  # range(n), shown as progress under a name
 _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
 

@@ -4,7 +4,7 @@ The paper leaves every 3 out of MNIST's transfer set. Here it is scikit-learn's 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, pad
 
+from fused_kd.demo import Track
 from fused_kd.demo.eager import eager_kd_loss
 from fused_kd.loss import FusedKDLoss
 from fused_kd.options import KDOptions
@@ -27,7 +28,6 @@ _TEACHER, _STUDENT = (64, 128, 128, _CLASSES), (64, 64, 64, _CLASSES)
 _BATCH, _LEARNING_RATE = 50, 3e-3
 _BIASES = torch.arange(-50, 301) / 10
 
-Track = Callable[[str, int], Iterable[int]]  # range(n), shown as progress under a name
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of student logits, teacher logits, labels
 
 

@@ -14,7 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import fused_kd
-from fused_kd.demo.digits import MEMBERS, TRAIN, UNSEEN, Learned, Score, Track
+from fused_kd.demo import Track
+from fused_kd.demo.digits import MEMBERS, TRAIN, UNSEEN, Learned, Score
 from fused_kd.demo.vocabulary import VOCABULARY, Cost, Measured
 
 _FUSED, _EAGER, _GREY = "#0b6e99", "#f2a65a", "#5f6b76"
@@ -24,7 +25,8 @@ _CONSOLE = Console(highlight=False, soft_wrap=True)
 @contextmanager
 def progress() -> Iterator[Track]:
     """Bars on stderr, gone when the work is done."""
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
 
         def track(name: str, steps: int) -> Iterable[int]:
             return bars.track(range(steps), description=f"{name:<28}")
@@ -49,16 +51,16 @@ def _digits(learned: Learned) -> None:
         f"\n[bold]1. A student learns what a {UNSEEN} is without ever seeing one[/bold]\n"
         f"{learned.transfer} of {TRAIN} digits to learn from: those that are no {UNSEEN}. The teacher, {MEMBERS} "
         f"networks that know\nall digits, tells the distilled student how much each of them looks like a "
-        f"{UNSEEN}.\nThen one number, the student's bias against {UNSEEN}, is corrected on the {TRAIN} digits.\n"
-        f"On {learned.test} digits that none has seen, {learned.test_unseen} of them a {UNSEEN}:"
+        f"{UNSEEN}.\nThe test: {learned.test} other digits, {learned.test_unseen} of them a {UNSEEN}.\n"
     )
-    table = _table(f"{UNSEEN}s right", "all errors", f"{UNSEEN}s, corrected", "errors, corrected")
+    table = _table(f"{UNSEEN}s right", "all errors", f"{UNSEEN}s right *", "all errors *")
     table.add_row("teacher", *_cells(learned.teacher))
     for name, student in (("labels alone", learned.hard), ("distilled", learned.fused)):
         table.add_row(f"student, {name}", *_cells(student.score), *_cells(student.corrected))
     _CONSOLE.print(table)
     _CONSOLE.print(
-        f"Trained once more with eager PyTorch: the loss curves differ by at most {_percent(learned.difference)}."
+        f"\n* after correcting one number, the bias against {UNSEEN}, on the {TRAIN} digits.\n"
+        f"Trained with eager PyTorch instead, the curve of the loss differs by {_percent(learned.difference)} at most."
     )
 
 
@@ -77,7 +79,7 @@ def _vocabulary(measured: Measured) -> None:
     rows, logits = measured.rows, measured.logits_bytes
     _CONSOLE.print(
         f"\n[bold]2. The same loss over a language model's vocabulary of {VOCABULARY}[/bold]\n"
-        f"{rows} rows of float32 logits ({_megabytes(logits)} each for student and teacher), forward and backward:"
+        f"{rows} rows of float32 logits ({_megabytes(logits)} each for student and teacher), forward and backward.\n"
     )
     table = _table("time", "peak extra memory", "in logits' sizes")
     for name, cost in (
@@ -88,7 +90,7 @@ def _vocabulary(measured: Measured) -> None:
     table.add_row("yardstick: one torch.softmax", _milliseconds(measured.softmax_seconds), "", "")
     _CONSOLE.print(table)
     _CONSOLE.print(
-        f"The losses differ by {measured.loss_difference:.0e} of their size, the gradients by "
+        f"\nThe losses differ by {measured.loss_difference:.0e} of their size, the gradients by "
         f"{measured.gradient_difference:.0e}. Time: median of turns\nin one process. Memory: the rise of the process's "
         "resident memory, gradient included."
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import backends
-from fused_kd.demo.digits import Track
+from fused_kd.demo import Track
 from fused_kd.demo.eager import eager_kd_loss
 from fused_kd.loss import FusedKDLoss
 from fused_kd.options import KDOptions
