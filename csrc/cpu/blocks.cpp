@@ -275,9 +275,9 @@ FKD_CLONES float block_sum(const float* x, int n) {
     return sum;
 }
 
-FKD_CLONES void block_scale(const float* x, int n, float factor, float* out) {
+FKD_CLONES void block_scale(const float* x, int n, float from, float factor, float* out) {
     FKD_SIMD
-    for (int j = 0; j < n; ++j) out[j] = x[j] * factor;
+    for (int j = 0; j < n; ++j) out[j] = (x[j] - from) * factor;
 }
 
 FKD_CLONES float block_entropy_sum(const float* t, int n, float teacher_max, const Scales& k) {

@@ -73,7 +73,8 @@ class Verb {
                     float buffers[2][kBlock];
                     const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
                     if (!loss_.soft) return block_hard_gradient(s, at.n, r, g);
-                    const float* t = teacher_logits(row, at, buffers[1]);
+                    const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffers[1]);
+                    t = teacher_scaled(t, at.n, stat[FKD_TEACHER_MAX], buffers[1]);
                     block_gradient(hard_, s, t, at.n, r, scales_, g, ahead(row, b, row, &gradient, nullptr));
                 });
             });
@@ -106,12 +107,14 @@ class Verb {
     Range range(int64_t b) const {
         return {b * kBlock, static_cast<int>(std::min<int64_t>(kBlock, columns_ - b * kBlock))};
     }
-    const float* teacher_logits(int64_t row, Range at, float* buffer) const {
-        const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffer);
+    // A teacher temperature of its own is a factor on the teacher's logits, once their maximum is taken off (scaled as
+    // they are, large ones would lose digits): what comes out has the maximum teacher_maximum(max_t).
+    const float* teacher_scaled(const float* t, int n, float max_t, float* buffer) const {
         if (teacher_factor_ == 1.0f) return t;
-        block_scale(t, at.n, teacher_factor_, buffer);
+        block_scale(t, n, max_t, teacher_factor_, buffer);
         return buffer;
     }
+    float teacher_maximum(float max_t) const { return teacher_factor_ == 1.0f ? max_t : 0.0f; }
     // What is touched after block b of `row`: the next block of logits, and in step with it the gradient of row
     // `before` and what is kept, where the verb has them. A stream that it lacks repeats the first.
     Ahead ahead(int64_t row, int64_t b, int64_t before, const FkdRows* gradient, const float* kept) const {
@@ -215,18 +218,20 @@ class Verb {
         piece.max_s = max_s;
         const Kept kept = keep ? kept_block(w, b) : Kept{};
         if (loss_.soft) {
-            const float* t = teacher_logits(row, at, buffers[1]);
+            const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffers[1]);
             const float max_t = block_maximum(t, at.n);
+            t = teacher_scaled(t, at.n, max_t, buffers[1]);
+            const Centre centre(max_s, teacher_maximum(max_t));
             const Ahead next = ahead(row, b, before, gradient, keep ? w.kept.data() : nullptr);
-            const BlockSums sums = block_sums(hard_, s, t, at.n, Centre(max_s, max_t), scales_, keep ? &kept : nullptr, next);
-            piece.max_t = max_t;
+            const BlockSums sums = block_sums(hard_, s, t, at.n, centre, scales_, keep ? &kept : nullptr, next);
+            piece.max_t = static_cast<double>(max_t) * teacher_factor_;
             piece.z_s = sums.z_s;
             piece.z_t = sums.z_t;
             piece.b1 = sums.b1;
             piece.b2 = sums.b2;
             piece.z_1 = sums.z_1;
             if (!(max_t < INFINITY)) piece.z_t = NAN;
-            if (loss_.divergence == FKD_CROSS_ENTROPY) piece.h = block_entropy_sum(t, at.n, max_t, scales_);
+            if (loss_.divergence == FKD_CROSS_ENTROPY) piece.h = block_entropy_sum(t, at.n, centre.teacher, scales_);
         } else if (labelled(row)) {
             piece.z_1 = block_hard_sum(s, at.n, max_s, kept.e_1);
         }
@@ -265,14 +270,16 @@ class Verb {
                 value += loss_.label_smoothing * (label_logit - total.sum / static_cast<double>(columns_));
             hard[row] = static_cast<float>(value);
         }
-        const double values[FKD_STATS] = {total.max_s,      total.max_t,     total.z_s,  total.z_t,
+        const double max_t = total.max_t / teacher_factor_;
+        const double values[FKD_STATS] = {total.max_s,      max_t,           total.z_s,  total.z_t,
                                           result.log_ratio, result.hard_sum, result.miss};
         for (int i = 0; i < FKD_STATS; ++i) stats[i] = static_cast<float>(values[i]);
     }
 
     GradientScales gradient_scales(int64_t row, const float* stats, const float* soft, const float* hard) const {
         GradientScales r;
-        r.max = Centre(stats[FKD_STUDENT_MAX], stats[FKD_TEACHER_MAX]);
+        r.max = Centre(stats[FKD_STUDENT_MAX], teacher_maximum(stats[FKD_TEACHER_MAX]));
+        r.teacher_max = stats[FKD_TEACHER_MAX];
         r.per_z_s = 1 / stats[FKD_STUDENT_SUM];
         r.per_z_t = 1 / stats[FKD_TEACHER_SUM];
         r.log_ratio = stats[FKD_LOG_RATIO];
@@ -306,7 +313,8 @@ class Verb {
     float gradient_at_label(int64_t row, const GradientScales& r) const {
         if (!loss_.soft) return r.at_label;
         const float s = LogitsRow(student_, row).read(targets_[row]);
-        const float t = LogitsRow(teacher_, row).read(targets_[row]) * teacher_factor_;
+        float t = LogitsRow(teacher_, row).read(targets_[row]);
+        t = *teacher_scaled(&t, 1, r.teacher_max, &t);
         const Pair pair = exponentials(s, t, r.max, scales_);
         const float log_ratio = pair.delta - r.log_ratio;
         return r.at_label + r.soft * probability_difference(pair.e_s * r.per_z_s, pair.e_t * r.per_z_t, log_ratio);
@@ -315,7 +323,7 @@ class Verb {
     // q - p = f_s e_s - f_t e_t = f_s (e_s - e_t) + (f_s - f_t) e_t, each factor without cancellation.
     KeptFactors kept_factors(const Partial<double>& piece, const GradientScales& r) const {
         const float down_s = static_cast<float>(piece.max_s - r.max.student);
-        const float down_t = static_cast<float>(piece.max_t - r.max.teacher);
+        const float down_t = static_cast<float>(piece.max_t - static_cast<double>(r.teacher_max) * teacher_factor_);
         const float f_s = std::exp2(down_s * scales_.log2) * r.per_z_s;
         const float f_t = std::exp2(down_t * scales_.log2) * r.per_z_t;
         const float apart = (down_s - down_t) * scales_.unit - r.log_ratio;

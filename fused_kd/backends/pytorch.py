@@ -122,8 +122,7 @@ class _Chunk:
         dtype = row_dtype(self.student, self.teacher)
         self.scale = 1 / o.temperature
         self.s = self.student[self.index][:, : self.columns].to(dtype)
-        # The teacher's own temperature is a factor on its logits.
-        self.t = self.teacher[self.index][:, : self.columns].to(dtype) * (o.temperature / o.teacher_temperature)
+        self.t = self.teacher[self.index][:, : self.columns].to(dtype)
         target = self.targets[self.span]
         self.counted = target != SKIP
         self.labelled = self.counted & (target != NO_LABEL)
@@ -132,11 +131,17 @@ class _Chunk:
 
     def _pair(self, max_s: Tensor, max_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e_s, e_t and delta: e_s = e_t exp(delta)."""
-        from_s, from_t, apart = self.s - max_s, self.t - max_t, max_s - max_t
-        # s - t first: it is exact where the two are close numbers, and that is where delta has to be. Where one lies
-        # far above the other it is not, and the maxima are taken off first.
-        difference = torch.where(apart.abs() > 8, from_s - from_t, (self.s - self.t) - apart)
+        from_s, from_t, apart = self.s - max_s, self._teacher_from(max_t), max_s - max_t
+        difference = from_s - from_t
+        if self.options.temperature == self.options.teacher_temperature:
+            # s - t first: it is exact where the two are close numbers, and that is where delta has to be. Where one
+            # lies far above the other it is not, and the maxima are taken off first.
+            difference = torch.where(apart.abs() > 8, difference, (self.s - self.t) - apart)
         return (from_s * self.scale).exp(), (from_t * self.scale).exp(), difference * self.scale
+
+    def _teacher_from(self, max_t: Tensor) -> Tensor:
+        """t - max_t. The teacher's own temperature is a factor on it."""
+        return (self.t - max_t) * (self.options.temperature / self.options.teacher_temperature)
 
     def finish(self, soft: Tensor, hard: Tensor, stats: Tensor) -> None:
         o = self.options
@@ -160,7 +165,7 @@ class _Chunk:
             whole = (z_s != 0) & (z_t != 0)  # else a row of -inf
             value = kl
             if o.divergence == "cross_entropy":
-                log_e_t = (self.t - max_t) * self.scale
+                log_e_t = self._teacher_from(max_t) * self.scale
                 entropy_sum = torch.where(e_t == 0, 0.0, e_t * log_e_t).sum(-1, dtype=final)
                 value = kl + z_t.log() - entropy_sum / z_t
             soft[self.span] = self._kept(self.counted, torch.where(whole, value, nan)).to(soft.dtype)
