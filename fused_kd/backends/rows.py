@@ -39,6 +39,7 @@ class Backend(Protocol):
     """What a backend's module offers. `backends/__init__.py` says what the verbs do."""
 
     NAME: str
+    DESCRIPTION: str  # one line for `fused-kd info`
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, and what to do about it."""
