@@ -190,21 +190,25 @@ FKD_MATH Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b, con
 // What a finished row says.
 template <class Real>
 struct Row {
-    Real kl = 0, teacher_entropy = 0, log_ratio = 0;  // log_ratio = log(Z_s / Z_t)
-    Real nll = 0, hard_sum = 0, miss = 0;             // miss = 1 - softmax(s)[label]
+    Real kl = 0, log_ratio = 0;            // log_ratio = log(Z_s / Z_t)
+    Real nll = 0, hard_sum = 0, miss = 0;  // miss = 1 - softmax(s)[label]
 };
 
 template <class Real>
 FKD_MATH void finish_soft(const Partial<Real>& a, Row<Real>& row) {
     const Real x = (a.b1 + a.b2) / a.z_t, second = a.b2 / a.z_t;
-    const Real direct = std::log(a.z_s / a.z_t);
     // Close to the teacher B1 and B2 are small and carry the value; far from it they are large and cancel.
     const bool close = std::fabs(x) + second < 1;
-    row.log_ratio = close ? std::log1p(x) : direct;
-    const Real kl = close ? row.log_ratio - x + second : direct - a.b1 / a.z_t;
+    row.log_ratio = close ? std::log1p(x) : std::log(a.z_s / a.z_t);
+    const Real kl = row.log_ratio + (close ? second - x : -a.b1 / a.z_t);
     row.kl = kl < 0 ? Real(0) : kl;
-    row.teacher_entropy = std::log(a.z_t) - a.h / a.z_t * static_cast<Real>(kLn2);
-    if (a.z_s == 0 || a.z_t == 0) row.kl = row.log_ratio = row.teacher_entropy = NAN;  // a row of -inf
+    if (a.z_s == 0 || a.z_t == 0) row.kl = row.log_ratio = NAN;  // a row of -inf
+}
+
+// -sum p log p.
+template <class Real>
+FKD_MATH Real teacher_entropy(const Partial<Real>& a) {
+    return std::log(a.z_t) - a.h / a.z_t * static_cast<Real>(kLn2);
 }
 
 // -log softmax(s)[label] from the other columns' sum: a sure and right student keeps its digits.

@@ -1,6 +1,5 @@
 """The torch.autograd.Function under both public forms."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -29,12 +28,14 @@ class FusedKDFunction(torch.autograd.Function):
         student, teacher, targets, ctx.options, ctx.inplace = inputs
         stats = output[2]
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, targets, stats)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, targets, stats = ctx.saved_tensors
-        arguments = (student, teacher, targets, stats, grads[0], grads[1], ctx.options)
+        soft, hard = (stats.new_zeros(len(stats)) if grad is None else grad for grad in grads[:2])
+        arguments = (student, teacher, targets, stats, soft, hard, ctx.options)
         if not ctx.inplace:
             gradient = _Gradient.apply(*arguments) if torch.is_grad_enabled() else _gradient(*arguments)
         elif torch.is_grad_enabled():
@@ -45,8 +46,27 @@ class FusedKDFunction(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-# Function.apply asks for this signature at every call, and deriving it takes longer than a small loss.
-FusedKDFunction.forward.__signature__ = inspect.signature(FusedKDFunction.forward)  # type: ignore[attr-defined]
+class _EagerFunction(FusedKDFunction):
+    """The same where no torch.func transform is active. Function.apply binds the arguments of a forward without ctx to
+    its signature at every call, which takes longer than a small loss."""
+
+    setup_context = staticmethod(torch.autograd.Function.setup_context)
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = FusedKDFunction.forward(*inputs)
+        FusedKDFunction.setup_context(ctx, inputs, output)
+        return output
+
+
+def rows_loss(
+    student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """soft[N] and hard[N] of each row, differentiable in the student."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    function = FusedKDFunction if traced else _EagerFunction
+    soft, hard, _ = function.apply(student, teacher, targets, options, inplace)
+    return soft, hard
 
 
 def _gradient(*arguments: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.autograd import FusedKDFunction
+from fused_kd.autograd import rows_loss
 from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions
 from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights
 from fused_kd.options import Divergence, KDOptions, Reduction, VocabMismatch
@@ -144,30 +144,34 @@ def compute(
     if options.shift:
         targets = _shifted(targets, SKIP)
         weights = None if weights is None else _shifted(weights, 0.0)
-    teacher = teacher_logits.detach()
-    soft, hard, _ = FusedKDFunction.apply(student_logits, teacher, targets.reshape(-1), rows, options.inplace)
+    targets = targets.flatten()
+    soft, hard = rows_loss(student_logits, teacher_logits.detach(), targets, rows, options.inplace)
 
     if weights is not None:
-        weights = weights.to(soft.dtype)
+        weights = weights.flatten().to(soft.dtype)
+        soft, hard = soft * weights, hard * weights
     counted = targets != SKIP
-    divisor = _divisor(counted, weights, num_items, options.reduction)
-    soft_term = _reduce(soft, weights, divisor, targets) if rows.soft else None
+    of_soft = of_hard = _denominator(counted, weights, num_items, student_logits, options.reduction)
     if soft_on_ignored:
-        divisor = _divisor(counted & (targets != NO_LABEL), weights, num_items, options.reduction)
-    hard_term = _reduce(hard, weights, divisor, targets) if rows.hard else None
-    if hard_term is None:
-        assert soft_term is not None  # the options see to it that one of the two is on
-        loss = options.weight_of_soft * soft_term
-    elif soft_term is None:
-        loss = options.weight_of_hard * hard_term
+        labelled = counted & (targets != NO_LABEL)
+        of_hard = _denominator(labelled, weights, num_items, student_logits, options.reduction)
+
+    weight_of_soft, weight_of_hard = options.weight_of_soft, options.weight_of_hard
+    if not rows.hard:
+        loss = weight_of_soft * _reduced(soft, of_soft)
+    elif not rows.soft:
+        loss = weight_of_hard * _reduced(hard, of_hard)
+    elif of_soft is of_hard:
+        loss = weight_of_soft * _reduced(torch.add(soft, hard, alpha=weight_of_hard / weight_of_soft), of_soft)
     else:
-        loss = options.weight_of_soft * soft_term + options.weight_of_hard * hard_term
+        loss = weight_of_soft * _reduced(soft, of_soft) + weight_of_hard * _reduced(hard, of_hard)
+    positions = student_logits.shape[:-1] if options.reduction == "none" else None
     if not options.return_parts:
-        return loss
+        return _laid_out(loss, positions)
     return KDLossOutput(
-        loss,
-        None if soft_term is None else soft_term.detach(),
-        None if hard_term is None else hard_term.detach(),
+        _laid_out(loss, positions),
+        _laid_out(_reduced(soft.detach(), of_soft), positions) if rows.soft else None,
+        _laid_out(_reduced(hard.detach(), of_hard), positions) if rows.hard else None,
     )
 
 
@@ -187,24 +191,28 @@ def _shifted(values: Tensor, last: float) -> Tensor:
     return torch.cat([values[..., 1:], values.new_full((*values.shape[:-1], 1), last)], -1)
 
 
-def _divisor(
-    rows: Tensor, weights: Tensor | None, num_items: float | Tensor | None, reduction: Reduction
+def _denominator(
+    rows: Tensor, weights: Tensor | None, num_items: float | Tensor | None, student: Tensor, reduction: Reduction
 ) -> float | Tensor | None:
-    """What the sum over `rows` is divided by; None: it is not a sum."""
+    """What a sum over `rows` is divided by; None: nothing is summed. A mean over nothing is 0, not 0 / 0."""
     if reduction == "none":
         return None
     if num_items is not None:
-        count = num_items
-    elif reduction == "mean":
-        count = rows.sum() if weights is None else (weights * rows).sum()
-    else:
-        count = max(1, rows.shape[0]) if reduction == "batchmean" else 1
-    return count + (count == 0)  # a mean over nothing is 0, not 0 / 0
+        return num_items + (num_items == 0)
+    if reduction == "batchmean":
+        return max(1, student.shape[0])
+    if reduction == "sum":
+        return 1
+    if weights is None:
+        return rows.sum().clamp(min=1)
+    total = (weights * rows).sum()
+    return total + (total == 0)
 
 
-def _reduce(values: Tensor, weights: Tensor | None, divisor: float | Tensor | None, targets: Tensor) -> Tensor:
-    """One term from its rows' values [N], which are 0 where a row does not have it."""
-    values = values.reshape(targets.shape)
-    if weights is not None:
-        values = values * weights
-    return values if divisor is None else values.sum() / divisor
+def _reduced(values: Tensor, denominator: float | Tensor | None) -> Tensor:
+    """One number of the rows' values [N], which are 0 where a row does not count."""
+    return values if denominator is None else values.sum() / denominator
+
+
+def _laid_out(values: Tensor, positions: torch.Size | None) -> Tensor:
+    return values if positions is None else values.reshape(positions)

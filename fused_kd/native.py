@@ -109,6 +109,14 @@ def load(name: str) -> ctypes.CDLL | str:
     library.fkd_abi_version.restype = ctypes.c_int64
     if library.fkd_abi_version() != ABI_VERSION:
         return f"{report['library']} was built from other sources than this Python code; reinstall the package"
-    for verb in ("fkd_rows_forward", "fkd_rows_backward", "fkd_rows_fused"):
-        getattr(library, verb).restype = ctypes.c_int64
+    rows, vector = ctypes.POINTER(Rows), ctypes.c_void_p
+    head = [rows, rows, vector, ctypes.POINTER(Loss)]  # student, teacher, targets, loss
+    for verb, rest in (
+        ("fkd_rows_forward", [vector, vector, vector]),
+        ("fkd_rows_backward", [vector, vector, vector, rows]),
+        ("fkd_rows_fused", [vector, vector, vector, vector, rows]),
+    ):
+        function = getattr(library, verb)
+        function.argtypes = [*head, *rest, ctypes.c_int64]
+        function.restype = ctypes.c_int64
     return library

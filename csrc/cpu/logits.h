@@ -24,10 +24,11 @@ class LogitsRow {
   public:
     LogitsRow(const FkdRows& a, int64_t row) : dtype_(a.dtype), size_(element_size(a)) {
         int64_t offset = 0;
-        for (int64_t d = a.dims - 1; d >= 0; --d) {
+        for (int64_t d = a.dims - 1; d > 0; --d) {
             offset += row % a.sizes[d] * a.strides[d];
             row /= a.sizes[d];
         }
+        if (a.dims > 0) offset += row * a.strides[0];
         data_ = static_cast<char*>(a.data) + offset * size_;
     }
 

@@ -17,7 +17,7 @@ namespace fused_kd {
 namespace {
 
 // Below this many columns for each, more threads cost more than they bring.
-constexpr int64_t kColumnsPerThread = 1 << 14;
+constexpr int64_t kColumnsPerThread = 1 << 12;
 // With fewer rows than this for each thread, threads share the blocks of a row.
 constexpr int64_t kRowsPerThread = 4;
 
@@ -259,8 +259,8 @@ class Verb {
         }
         if (target != FKD_SKIP && loss_.soft) {
             finish_soft(total, result);
-            const bool entropy = loss_.divergence == FKD_CROSS_ENTROPY;
-            soft[row] = static_cast<float>(result.kl + (entropy ? result.teacher_entropy : 0));
+            const double entropy = loss_.divergence == FKD_CROSS_ENTROPY ? teacher_entropy(total) : 0;
+            soft[row] = static_cast<float>(result.kl + entropy);
         }
         if (labelled(row)) {
             const double label_logit = LogitsRow(student_, row).read(target);

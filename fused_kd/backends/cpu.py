@@ -67,14 +67,14 @@ def _call(verb: str, student: Tensor, teacher: Tensor, targets: Tensor, options:
         return
     # Vectors of one number a row: O(N), so a strided one (an expanded gradient) may be laid out anew.
     vectors = [x.contiguous() if isinstance(x, Tensor) else x for x in (targets, *rest)]
-    arguments = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in vectors]
+    first, *others = (x.data_ptr() if isinstance(x, Tensor) else x for x in vectors)
     result = getattr(native.load("cpu"), verb)(
         ctypes.byref(native.rows_of(student)),
         ctypes.byref(native.rows_of(teacher)),
-        arguments[0],
+        first,
         ctypes.byref(native.loss_of(options)),
-        *arguments[1:],
-        ctypes.c_int64(torch.get_num_threads()),
+        *others,
+        torch.get_num_threads(),
     )
     if result == native.OUT_OF_MEMORY:
         raise MemoryError("fused_kd: no memory for one row's scratch in each thread")
