@@ -22,7 +22,8 @@ from fused_kd.backends.rows import (
     TEACHER_MAX,
     TEACHER_SUM,
     RowOptions,
-    bad_target,
+    check_targets,
+    in_range,
     row_dtype,
     vocabulary,
 )
@@ -45,7 +46,7 @@ def refuses(student: Tensor, teacher: Tensor) -> str | None:
 def rows_forward(
     student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_targets(student, teacher, targets)
+    check_targets(student, teacher, targets)
     rows = targets.numel()
     dtype = row_dtype(student, teacher)
     soft, hard = student.new_zeros(rows, dtype=dtype), student.new_zeros(rows, dtype=dtype)
@@ -83,20 +84,6 @@ def rows_fused(
     return soft, hard
 
 
-def _in_range(targets: Tensor, columns: int) -> Tensor:
-    return ((targets >= 0) & (targets < columns)) | (targets == SKIP) | (targets == NO_LABEL)
-
-
-def _check_targets(student: Tensor, teacher: Tensor, targets: Tensor) -> None:
-    if targets.device.type != "cpu":
-        return  # no synchronisation: such a row becomes NaN
-    columns = vocabulary(student, teacher)
-    bad = (~_in_range(targets, columns)).nonzero()
-    if len(bad):
-        row = int(bad[0])
-        raise bad_target(row, int(targets[row]), columns)
-
-
 def _chunks(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions) -> Iterator["_Chunk"]:
     columns, rows = vocabulary(student, teacher), targets.numel()
     step = max(1, _CHUNK // max(1, columns))
@@ -126,7 +113,7 @@ class _Chunk:
         target = self.targets[self.span]
         self.counted = target != SKIP
         self.labelled = self.counted & (target != NO_LABEL)
-        self.valid = _in_range(target, self.columns)
+        self.valid = in_range(target, self.columns)
         self.label = torch.where(self.labelled & self.valid, target, 0).unsqueeze(1)
 
     def _pair(self, max_s: Tensor, max_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

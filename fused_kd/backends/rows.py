@@ -92,3 +92,18 @@ def bad_target(row: int, label: int, columns: int) -> IndexError:
         f"labels: row {row} has the label {label}, which is not in [0, {columns}) and is not ignore_index; "
         "correct the labels, or name the value that marks positions without one as ignore_index"
     )
+
+
+def in_range(targets: Tensor, columns: int) -> Tensor:
+    return ((targets >= 0) & (targets < columns)) | (targets == SKIP) | (targets == NO_LABEL)
+
+
+def check_targets(student: Tensor, teacher: Tensor, targets: Tensor) -> None:
+    """Raises IndexError for a target out of range, on the CPU. Elsewhere that would wait: such a row becomes NaN."""
+    if targets.device.type != "cpu":
+        return
+    columns = vocabulary(student, teacher)
+    bad = (~in_range(targets, columns)).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise bad_target(row, int(targets[row]), columns)
