@@ -79,8 +79,8 @@ def fused_kd_loss(
         vocab_mismatch: "error", or "truncate" to the columns that both have.
         inplace: the backward overwrites student_logits with the gradient instead of allocating it.
         return_parts: return a KDLossOutput.
-        backend: "auto", "cpu" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND, else the first that
-            fits. `fused-kd info` lists them.
+        backend: "auto", "cpu", "triton" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND, else the
+            first that fits. `fused-kd info` lists them.
         num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as
             the count of labelled positions over all micro-batches of a step.
         weights: the logits' leading shape, floating, finite and at least 0; 0 is an ignored position.

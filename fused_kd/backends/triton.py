@@ -1,0 +1,268 @@
+"""The Triton backend: NVIDIA and AMD GPUs. Launches the kernels of `triton_kernels.py`; nothing here waits for them.
+
+A row is read in sections of a fixed number of columns, one program each, so that few rows fill a GPU too. Where the
+sections begin depends on the vocabulary alone, and so a row's bits do not depend on the other rows.
+"""
+
+import functools
+import importlib
+import importlib.util
+import math
+import os
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends.rows import STATS, RowOptions, check_targets, vocabulary
+from fused_kd.native import leading_layout
+
+NAME = "triton"
+INTERPRET = "TRITON_INTERPRET"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_DIMS = 3
+# Columns are counted in int32, and the last tile of a row may reach past it.
+_MAX_COLUMNS = 2**31 - 2**16
+# tau = POWER / ROOT: exp(s) is a power of what exp(s / tau) is a power of. For other temperatures it is computed.
+_POWERS = {1.0: (1, 1), 1.5: (2, 3), 2.0: (1, 2), 3.0: (1, 3), 4.0: (1, 4)}
+
+
+class Launch(NamedTuple):
+    """How a row is laid over a program: its tiles are [groups, lanes, vector], its sections `section` columns."""
+
+    groups: int
+    lanes: int
+    vector: int
+    warps: int
+    stages: int
+    section: int
+
+
+# Up to this many columns: (lanes, elements a lane takes at a time, section). A lane that takes 16 rescales its sums
+# half as often as one that takes 8. Sections: long enough that what a program does once is a small part of its work.
+_TABLE = (
+    (512, (32, 8, 512)),
+    (1024, (64, 16, 1024)),
+    (16384, (128, 16, 16384)),
+    (_MAX_COLUMNS, (128, 16, 16384)),
+)
+_VECTOR_BYTES = 16
+
+
+def launch_for(columns: int, itemsize: int, warp: int) -> Launch:
+    """The one place that says how kernels are launched. `itemsize`: of the wider logits; `warp`: lanes in a warp."""
+    lanes, elements, section = next(entry for limit, entry in _TABLE if columns <= limit)
+    lanes = max(lanes, warp)
+    vector = _VECTOR_BYTES // itemsize
+    return Launch(max(1, elements // vector), lanes, vector, lanes // warp, 1, max(section, lanes * elements))
+
+
+def unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton (Linux)"
+    return None
+
+
+def refuses(student: Tensor, teacher: Tensor) -> str | None:
+    device = student.device.type
+    if device == "cpu" and not _interpreted():
+        return f"it takes tensors on a GPU, and those of the CPU only with {INTERPRET}=1 in the environment (slow)"
+    if device not in ("cpu", "cuda"):
+        return f"it takes tensors on NVIDIA and AMD GPUs, and student_logits is on {student.device}"
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.dtype not in _DTYPES:
+            return f"it takes float32, bfloat16 and float16, and {name} is {logits.dtype}; the torch backend takes it"
+        if len(leading_layout(logits)) > _MAX_DIMS:
+            return f"{name} has more than {_MAX_DIMS} separately strided dimensions; the torch backend takes it"
+        if logits.shape[-1] > _MAX_COLUMNS:
+            return f"{name} has more than {_MAX_COLUMNS} columns; the torch backend takes it"
+    return None
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """Imported when first launched: Triton may be missing, and takes longer to import than this package."""
+    return importlib.import_module("fused_kd.backends.triton_kernels")
+
+
+def _interpreted() -> bool:
+    return os.environ.get(INTERPRET, "0") in ("1", "true", "on")
+
+
+@functools.cache
+def _warp(device: torch.device) -> int:
+    return 32 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).warp_size)
+
+
+def rows_forward(
+    student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_targets(student, teacher, targets)
+    rows = targets.numel()
+    soft, hard, stats = (student.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows,), (rows, STATS)))
+    if rows == 0:
+        return soft, hard, stats
+    launch, sections = _launch(student, teacher)
+    kernels, scalars, switches = _kernels(), *_mathematics(options)
+    parts = student.new_empty((rows, sections, kernels.PARTS.value) if sections > 1 else 0, dtype=torch.float32)
+    values = (scalars.k, scalars.teacher_factor, scalars.smoothing)
+    forward = {"ENTROPY": options.soft and options.divergence == "cross_entropy", **switches}
+    with _on(student.device):
+        kernels.forward[(rows * sections,)](
+            student,
+            teacher,
+            targets,
+            soft,
+            hard,
+            stats,
+            parts,
+            _layout(student),
+            _layout(teacher),
+            targets.stride(0),
+            vocabulary(student, teacher),
+            sections,
+            *values,
+            **forward,
+            **shape_of(launch),
+            WHOLE=sections == 1,
+        )
+        if sections > 1:
+            del forward["TEMPERED"]
+            kernels.finish[(rows,)](
+                student,
+                targets,
+                soft,
+                hard,
+                stats,
+                parts,
+                _layout(student),
+                targets.stride(0),
+                vocabulary(student, teacher),
+                sections,
+                scalars.k,
+                scalars.smoothing,
+                **forward,
+                SECTIONS=1 << (sections - 1).bit_length(),
+                num_warps=1,
+            )
+    return soft, hard, stats
+
+
+def rows_backward(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    grad_soft: Tensor,
+    grad_hard: Tensor,
+    options: RowOptions,
+    out: Tensor,
+) -> None:
+    rows = targets.numel()
+    if rows == 0:
+        return
+    launch, sections = _launch(student, teacher)
+    scalars, switches = _mathematics(options)
+    if vocabulary(student, teacher) == 1:
+        scalars = scalars._replace(unit=0.0)  # both probabilities are 1, whatever the last bit says
+    with _on(student.device):
+        _kernels().backward[(rows * sections,)](
+            student,
+            teacher,
+            targets,
+            stats,
+            grad_soft,
+            grad_hard,
+            out,
+            _layout(student),
+            _layout(teacher),
+            _layout(out),
+            targets.stride(0),
+            grad_soft.stride(0),
+            grad_hard.stride(0),
+            vocabulary(student, teacher),
+            out.shape[-1],
+            sections,
+            *scalars,
+            **switches,
+            **shape_of(launch),
+        )
+
+
+def rows_fused(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    coef_soft: Tensor,
+    coef_hard: Tensor,
+    options: RowOptions,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    soft, hard, stats = rows_forward(student, teacher, targets, options)
+    rows_backward(student, teacher, targets, stats, coef_soft, coef_hard, options, out)
+    return soft, hard
+
+
+class Scalars(NamedTuple):
+    """What the kernels know of temperatures. `k` and the switches are explained in `triton_kernels.py`."""
+
+    k: float
+    teacher_factor: float
+    unit: float
+    smoothing: float
+
+
+def _mathematics(options: RowOptions) -> tuple[Scalars, dict[str, Any]]:
+    # Without the soft term there is one temperature: that of the hard term, 1.
+    temperature = options.temperature if options.soft else 1.0
+    factor = options.temperature / options.teacher_temperature
+    root, power = _POWERS.get(temperature, (1, 0)) if options.hard else (1, 1)
+    return Scalars(math.log2(math.e) / temperature, factor, 1 / temperature, options.label_smoothing), {
+        "SOFT": options.soft,
+        "HARD": options.hard,
+        "SMOOTHED": options.hard and options.label_smoothing > 0,
+        "TEMPERED": factor != 1,
+        "ROOT": root,
+        "POWER": power,
+    }
+
+
+def _launch(student: Tensor, teacher: Tensor) -> tuple[Launch, int]:
+    columns = vocabulary(student, teacher)
+    itemsize = max(student.element_size(), teacher.element_size())
+    launch = launch_for(columns, itemsize, _warp(student.device))
+    return launch, -(-columns // launch.section)
+
+
+def shape_of(launch: Launch) -> dict[str, int]:
+    return {
+        "GROUPS": launch.groups,
+        "LANES": launch.lanes,
+        "VECTOR": launch.vector,
+        "SECTION": launch.section,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+    }
+
+
+def _layout(logits: Tensor) -> tuple[int, ...]:
+    """Strides and sizes of the leading dimensions, as `row_start` takes them."""
+    layout = leading_layout(logits) or [(1, 0)]
+    flat = [number for size, stride in reversed(layout) for number in (stride, size)]
+    return tuple(flat[:-1])
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, which need not be the logits'."""
+    return torch.cuda.device(device) if device.type == "cuda" else _nowhere
+
+
+class _Nowhere:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+_nowhere = _Nowhere()
