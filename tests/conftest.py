@@ -1,5 +1,12 @@
+import os
+
 import pytest
 from support import BACKENDS
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import make_honest
+
+    make_honest()
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,0 +1,211 @@
+"""The Triton kernels in Triton's interpreter, against the float64 reference.
+
+TRITON_INTERPRET must be set before Triton is imported, and then nothing can be compiled: so these tests run in a
+process of their own, which the first test here starts. By hand, with the shared cases too:
+
+    TRITON_INTERPRET=1 pytest -k triton
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from support import DTYPES, INF, assert_gradient, assert_loss, both, check, make_labels, make_logits
+
+from fused_kd import fused_kd_loss
+from fused_kd.backends import PREFERENCE
+from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
+
+V = 4500  # tiles of 2048: two whole ones and a tail
+LONG = 20000  # more than one section
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there they are taken")
+def test_cpu_tensors_are_refused_and_the_variable_named() -> None:
+    with pytest.raises(ValueError, match="backend='triton' cannot be used: .*TRITON_INTERPRET=1"):
+        fused_kd_loss(torch.zeros(1, 2), torch.zeros(1, 2), alpha=1.0, backend="triton")
+
+
+def test_float64_is_refused() -> None:
+    wide = torch.zeros(1, 2, dtype=torch.float64)
+    reason = PREFERENCE["triton"].refuses(wide.to("cpu" if INTERPRETED else "meta"), wide)
+    assert reason is not None
+    with pytest.raises(ValueError, match="backend='triton' cannot be used"):
+        fused_kd_loss(wide, wide, alpha=1.0, backend="triton")
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 1.5},
+    {"temperature": 2.0},
+    {"temperature": 3.0},
+    {"temperature": 4.0},
+    {"temperature": 2.7},
+    {"temperature": 2.7, "teacher_temperature": 1.3},
+    {"alpha": 1.0, "temperature": 2.0},
+    {"alpha": 0.0},
+    {"alpha": 0.0, "label_smoothing": 0.1},
+    {"alpha": 0.5, "label_smoothing": 0.1},
+    {"divergence": "cross_entropy", "temperature": 2.7},
+    {"soft_on_ignored": True},
+]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
+    student, teacher = (x.to(dtype) for x in make_logits("wide", 3, V))
+    labels = torch.tensor([V - 1, -100, 2050])  # in the tail, and in a whole tile
+    check(student, teacher, labels, backend="triton", **options)
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [1, 2, 37, 600, 2048, 4097, LONG])
+@pytest.mark.parametrize("kind", ["peaked", "masked", "close"])
+def test_sizes(kind: str, columns: int) -> None:
+    student, teacher = make_logits(kind, 2, columns)
+    labels = torch.tensor([0, columns - 1])
+    check(student, teacher, labels, backend="triton", relative=1e-5 if kind != "close" else 1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0, 100.0])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_a_nearly_converged_student(temperature: float, offset: float) -> None:
+    student, teacher = make_logits("close", 1, LONG)
+    student += offset
+    loss, gradient, expected, exact = both(student, teacher, None, alpha=1.0, temperature=temperature, backend="triton")
+    assert loss >= 0
+    assert_loss(loss, expected, 1e-5)
+    if offset == 0:
+        assert_gradient(gradient, exact)
+
+
+@interpreted
+@pytest.mark.parametrize("student_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
+def test_mixed_dtypes(student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
+    student, teacher = make_logits("wide", 2, V)
+    check(student.to(student_dtype), teacher.to(teacher_dtype), torch.tensor([7, 4400]), backend="triton")
+
+
+@interpreted
+@pytest.mark.parametrize("inplace", [False, True])
+def test_strided_rows_and_vocabularies_of_different_sizes(inplace: bool) -> None:
+    student, teacher = make_logits("wide", 3, 2, 2, 3000)
+    student, teacher = student[:, :, :1].transpose(0, 1), teacher[:, :, 1:, :2500].transpose(0, 1)
+    labels = make_labels(2, 3, 1, vocabulary=2500)
+    check(student, teacher, labels, vocab_mismatch="truncate", inplace=inplace, backend="triton")
+    check(teacher, student, labels, vocab_mismatch="truncate", backend="triton")
+
+
+@interpreted
+@pytest.mark.parametrize("span", [slice(0, 2048), slice(2048, 4096), slice(4096, V)], ids=str)
+@pytest.mark.parametrize("who", ["student", "teacher", "both"])
+def test_a_tile_of_minus_infinity(who: str, span: slice) -> None:
+    student, teacher = make_logits("wide", 1, V)
+    if who != "student":
+        teacher[:, span] = -INF
+    if who != "teacher":
+        student[:, span] = -INF
+    label = torch.tensor([3000 if span.start != 2048 else 5])
+    loss, gradient, expected, exact = both(student, teacher, label, backend="triton")
+    assert_loss(loss, expected)
+    assert_gradient(gradient, exact)
+
+
+@interpreted
+@pytest.mark.parametrize("what", [float("nan"), INF])
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("column", [10, 4400])
+def test_a_bad_number_stays_in_its_row(column: int, who: int, what: float) -> None:
+    logits = make_logits("wide", 2, V)
+    logits[who][0, column] = what
+    student = logits[0].requires_grad_()
+    loss = fused_kd_loss(student, logits[1], torch.tensor([5, 6]), reduction="none", backend="triton")
+    assert isinstance(loss, torch.Tensor)
+    assert loss.isnan().tolist() == [True, False]
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert gradient[0].isnan().all()
+    assert gradient[1].isfinite().all()
+
+
+def _rows(**changes: Any) -> RowOptions:
+    options = RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "triton")
+    return options._replace(**changes)
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [V, LONG])
+def test_what_a_gpu_does_with_other_targets(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skipped rows are not read, a label out of range is NaN in its row: on a GPU nobody can raise."""
+    backend: Any = PREFERENCE["triton"]
+    monkeypatch.setattr(backend, "check_targets", lambda *_: None)
+    student, teacher = make_logits("wide", 6, columns)
+    student[1] = teacher[1] = float("nan")
+    targets = torch.tensor([3, SKIP, NO_LABEL, columns, -5, 2**40])
+    soft, hard, stats = backend.rows_forward(student, teacher, targets, _rows())
+    for values in (soft, hard):
+        assert values.isnan().tolist() == [False, False, False, True, True, True]
+        assert values[1] == 0
+    assert hard[2] == 0
+    # Skipped rows are not even addressed: the gradient may be written over them all the same.
+    out = torch.empty(6, columns + 3)
+    wide = torch.cat([student, torch.zeros(6, 3)], 1)
+    backend.rows_backward(wide, teacher, targets, stats, torch.ones(1).expand(6), torch.ones(6), _rows(), out)
+    assert out[:, columns:].eq(0).all()
+    assert out[1].eq(0).all()
+    assert out[:3, :columns].isfinite().all()
+    assert out[3:, :columns].isnan().all()
+
+
+@interpreted
+def test_fused_is_forward_and_backward() -> None:
+    backend = PREFERENCE["triton"]
+    student, teacher = make_logits("wide", 2, LONG)
+    targets, coefficients = torch.tensor([19999, NO_LABEL]), (torch.tensor([0.5, 2.0]), torch.tensor([1.0, 3.0]))
+    expected, out = torch.empty_like(student), torch.empty_like(student)
+    soft, hard, stats = backend.rows_forward(student, teacher, targets, _rows())
+    backend.rows_backward(student, teacher, targets, stats, *coefficients, _rows(), expected)
+    fused = backend.rows_fused(student, teacher, targets, *coefficients, _rows(), out)
+    assert torch.equal(fused[0], soft)
+    assert torch.equal(fused[1], hard)
+    assert torch.equal(out, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rows_bits_are_its_own(dtype: torch.dtype) -> None:
+    backend = PREFERENCE["triton"]
+    student, teacher = (x.to(dtype) for x in make_logits("wide", 3, LONG))
+    targets, ones = torch.tensor([1, 19000, 3000]), torch.ones(3)
+    soft, hard, stats = backend.rows_forward(student, teacher, targets, _rows())
+    out = torch.empty_like(student)
+    backend.rows_backward(student, teacher, targets, stats, ones, ones, _rows(), out)
+    for row in range(3):
+        alone = slice(row, row + 1)
+        one = backend.rows_forward(student[alone], teacher[alone], targets[alone], _rows())
+        assert all(torch.equal(a, b[alone]) for a, b in zip(one, (soft, hard, stats), strict=True))
+        part = torch.empty_like(student[alone])
+        arguments = (student[alone], teacher[alone], targets[alone], one[2], ones[alone], ones[alone])
+        backend.rows_backward(*arguments, _rows(), part)
+        assert torch.equal(part, out[alone])
