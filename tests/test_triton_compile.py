@@ -1,0 +1,87 @@
+"""The machine code of the Triton kernels: every variant for every target, without a GPU.
+
+What stays unchecked: time, the driver's part, and memory order between warps (no kernel shares memory in its loop).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing can be compiled in the interpreter's process", allow_module_level=True)
+
+from benchmarks.static_bounds import AMD, EXPONENTIALS, GPUS, VARIANTS, bound, bytes_per_pair, compiled, cuda
+
+NVIDIA = (80, 90, 100, 120)
+
+# Instructions and exponentials a pair, bf16, sm_90: what is reached, rounded up. A change that costs more is seen.
+LIMITS = {
+    "forward, any tau": (36, 3.3),
+    "forward, tau = 2": (34, 2.3),
+    "forward, tau = 1.5": (35.5, 2.3),
+    "forward, soft term": (33, 2.3),
+    "forward, hard term": (8, 1.1),
+    "forward, all options": (41.5, 3.3),
+    "backward, any tau": (24, 3.0),
+    "backward, tau = 2": (23, 2.0),
+    "backward, tau = 1.5": (24, 2.0),
+    "backward, soft term": (21, 2.0),
+    "backward, hard term": (7, 1.0),
+    "backward, all options": (26, 3.0),
+}
+
+
+@pytest.mark.parametrize("capability", NVIDIA)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nvidia(variant: str, capability: int) -> None:
+    code = compiled(variant, cuda(capability))
+    assert code.spilled == 0
+    assert code.in_loop("SHFL", "BAR", "LDS", "STS") == 0  # lanes keep to themselves
+    for prefix in ("LDG", "STG"):
+        assert code.narrow(prefix) == 0
+    assert code.in_loop("STG") == (code.pairs // 8 if variant.startswith("backward") else 0)
+    instructions, exponentials = LIMITS[variant]
+    assert code.per_pair(*EXPONENTIALS) <= exponentials
+    if capability == 90:
+        assert code.per_pair() <= instructions
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_amd(variant: str) -> None:
+    code = compiled(variant, AMD)
+    assert code.spilled == 0
+    assert code.in_loop("ds_", "s_barrier") == 0
+    assert code.in_loop("global_load_dwordx4", "buffer_load_dwordx4") == code.in_loop("global_load", "buffer_load")
+    assert code.per_pair("v_exp_f32") <= LIMITS[variant][1]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp32", "bf16")]
+)
+@pytest.mark.parametrize("variant", ["forward, any tau", "forward, all options", "backward, any tau"])
+def test_dtypes(variant: str, student: str, teacher: str) -> None:
+    code = compiled(variant, cuda(90), student, teacher)
+    assert code.spilled == 0
+    assert code.in_loop("SHFL", "BAR", "LDS", "STS") == 0
+    if student == teacher:
+        assert code.narrow("LDG") == code.narrow("STG") == 0
+
+
+@pytest.mark.parametrize("columns", [100, 1000, 16000, 32000])
+@pytest.mark.parametrize("variant", ["forward, any tau", "backward, any tau"])
+def test_every_entry_of_the_launch_table(variant: str, columns: int) -> None:
+    assert compiled(variant, cuda(90), columns=columns).spilled == 0
+
+
+@pytest.mark.parametrize("variant", ["forward, any tau", "forward, tau = 2", "backward, any tau", "backward, tau = 2"])
+def test_an_h100_is_bound_by_memory(variant: str) -> None:
+    gpu = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
+    assert bound(compiled(variant, gpu.target), gpu, bytes_per_pair(variant, "bf16")) >= 1
+
+
+def test_these_tests_see_spills_and_narrow_loads() -> None:
+    assert compiled("forward, any tau", cuda(90), LANES=2048, num_warps=4).spilled > 0
+    assert compiled("forward, any tau", cuda(90), VECTOR=4, GROUPS=4).narrow("LDG") > 0
