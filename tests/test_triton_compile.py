@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing can be compiled in the interpreter's process", allow_module_level=True)
 
-from benchmarks.static_bounds import AMD, EXPONENTIALS, GPUS, VARIANTS, bound, bytes_per_pair, compiled, cuda
+from static_bounds import AMD, EXPONENTIALS, GPUS, VARIANTS, bound, bytes_per_pair, compiled, cuda
 
 NVIDIA = (80, 90, 100, 120)
 
