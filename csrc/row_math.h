@@ -30,7 +30,7 @@ constexpr float kFlush = -126.0f;
 // Below this |delta|, exp(delta) - 1 comes from a polynomial; above it, from the difference of two exponentials.
 constexpr float kSmall = 0.125f;
 
-// 2^x for x <= 0: exactly 1 at 0, exactly 0 below kFlush, relative error below 2e-7. NaN may come out as anything:
+// 2^x for x <= 60: exactly 1 at 0, exactly 0 below kFlush, relative error below 2e-7. NaN may come out as anything:
 // a row with a NaN is recognised by its maximum.
 FKD_MATH float exp2_of(float x) {
 #if defined(__CUDA_ARCH__)
@@ -73,20 +73,48 @@ struct Scales {
         : log2(static_cast<float>(kLog2E / temperature)), unit(static_cast<float>(1 / temperature)) {}
 };
 
-// The point that a piece of a row is measured from: its maxima, or kLowest where all of it is -inf.
-struct Centre {
-    float student, teacher;
-    float first_s, first_t, then;  // how (s - student) - (t - teacher) is taken: (s - first_s) - (t - first_t) - then
+FKD_MATH float on_grid(float x) { return std::fabs(x) < 32768 ? std::nearbyint(x * 256) / 256 : x; }
 
-    // s - t first: it is exact where the two are close numbers, and that is where delta has to be. Where one lies far
-    // above the other it is not, and the maxima are taken off first.
-    Centre(float max_s, float max_t) : student(max_s), teacher(max_t) {
-        const bool apart = std::fabs(max_s - max_t) > 8;
-        first_s = apart ? max_s : 0;
-        first_t = apart ? max_t : 0;
-        then = apart ? 0 : max_s - max_t;
+// The point that a piece of a row is measured from, and how (s - student) - (t - teacher) is taken without rounding
+// where the student is close: as (s - first_s) - (t - first_t) - then.
+struct Centre {
+    float student = 0, teacher = 0;
+    float first_s = 0, first_t = 0, then = 0;
+
+    static Centre of(float student, float teacher) {
+        Centre m;
+        m.student = student;
+        m.teacher = teacher;
+        const float apart = student - teacher;
+        if (on_grid(student) == student && on_grid(teacher) == teacher) {
+            // `apart` is exact, and so is what is left of the one of s and t farther from 0 when it is taken off.
+            const bool student_farther = std::fabs(student) >= std::fabs(teacher);
+            m.first_s = student_farther ? apart : 0;
+            m.first_t = student_farther ? 0 : -apart;
+        } else if (std::fabs(apart) > 8) {
+            m.first_s = student;
+            m.first_t = teacher;
+        } else {
+            m.then = apart;
+        }
+        return m;
     }
 };
+
+// Of some of a block's columns: the mean of s - t, weighted by e_t; and the sum of e_t that the block must have.
+struct Sample {
+    float difference, mass;
+};
+
+// The centre of a block with these maxima, so that delta is small for what most of p lies on. Where one token has it
+// all, that is the maxima (delta is exactly 0 there); else the typical difference, which a single logit that sticks
+// out does not move, unless exponentials from there would leave float32's range.
+FKD_MATH Centre centre_of(float max_s, float max_t, const Sample& sample, const Scales& k) {
+    const float teacher = on_grid(max_t), student = teacher + on_grid(sample.difference);
+    const float reach = 60 / (k.log2 > static_cast<float>(kLog2E) ? k.log2 : static_cast<float>(kLog2E));
+    const bool spread = sample.mass > 2 && std::fabs(max_s - student) <= reach;
+    return spread ? Centre::of(student, teacher) : Centre::of(max_s, max_t);
+}
 
 // How exp(s - max) follows from e_s = exp((s - max) / tau): a power of it, or an exponential of its own.
 enum class Hard { off, same, square, exponential };
@@ -133,7 +161,7 @@ FKD_MATH float probability_difference(float q, float p, float log_ratio) {
 // A piece of a row. Pieces merge associatively, whatever maxima they were measured from.
 template <class Real>
 struct Partial {
-    Real max_s = kLowest, max_t = kLowest;
+    Real max_s = kLowest, max_t = kLowest;  // its centre
     Real z_s = 0, z_t = 0;    // sums of e_s, e_t
     Real b1 = 0, b2 = 0;
     Real h = 0;               // sum of e_t log2(e_t), for the teacher's entropy

@@ -105,11 +105,20 @@ def test_ensemble_by_arithmetic_or_geometric_mean(backend: str) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0, 100.0])
 @pytest.mark.parametrize("sigma", [0.05, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_near_convergence(sigma: float, temperature: float, dtype: torch.dtype, backend: str) -> None:
-    """A KL of 1e-3 down to 1e-9 between two log-sum-exps of 12, at a language model's vocabulary."""
+@pytest.mark.parametrize(("offset", "outlier"), [(0.0, 0.0), (9.0, 0.0), (0.0, 20.0)])
+def test_near_convergence(
+    offset: float, outlier: float, sigma: float, temperature: float, dtype: torch.dtype, backend: str
+) -> None:
+    """A KL of 1e-3 down to 1e-9 between two log-sum-exps of 12, at a language model's vocabulary; also where all of the
+    student's logits lie higher, and where one of them sticks out."""
+    if outlier and temperature < 20:
+        return  # it would take all of q
     generator = torch.Generator().manual_seed(7)
     teacher = torch.randn(2, 151936, generator=generator) * 3
-    student = (teacher + sigma * torch.randn(2, 151936, generator=generator)).to(dtype)
+    student = teacher + sigma * torch.randn(2, 151936, generator=generator) + offset
+    if outlier:
+        student[:, 70001] = teacher.max() + outlier
+    student = student.to(dtype)
     teacher = teacher.to(dtype)
     exact = student.double().requires_grad_()
     options = {"alpha": 1.0, "temperature": temperature, "t2_scaling": False, "reduction": "none"}

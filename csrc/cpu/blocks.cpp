@@ -148,17 +148,17 @@ FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict 
 }
 
 template <Hard hard, class Dtype>
-FKD_CLONES void gradient_of(const float* __restrict s, const float* __restrict t, int n, GradientScales r, Scales k,
+FKD_CLONES void gradient_of(const float* s, const float* t, int n, GradientScales r, Scales k,
                             typename Dtype::Bits* g, Ahead ahead) {
     const float by_e_s = r.soft * r.per_z_s, by_e_t = r.soft * r.per_z_t;
     in_lanes<kLanes * 4 / sizeof(typename Dtype::Bits)>(n, [&](int j, int width) FKD_INLINED {
         fetch(ahead, j, width);
         FKD_SIMD
         for (int l = 0; l < width; ++l) {
-            const Pair pair = exponentials(s[j + l], t[j + l], r.max, k);
+            const Pair pair = exponentials(s[j + l], t[j + l], r.centre, k);
             const float log_ratio = pair.delta - r.log_ratio;
             float y = probability_difference(pair.e_s * by_e_s, pair.e_t * by_e_t, log_ratio) + r.constant;
-            if (hard != Hard::off) y += r.hard * hard_exponential<hard>(pair.e_s, s[j + l], r.max.student);
+            if (hard != Hard::off) y += r.hard * hard_exponential<hard>(pair.e_s, s[j + l], r.centre.student);
             g[j + l] = Dtype::narrowed(y);
         }
     });
@@ -191,10 +191,10 @@ FKD_CLONES float hard_sum_of(const float* __restrict s, int n, float student_max
 }
 
 template <class Dtype>
-FKD_CLONES void hard_gradient_of(const float* __restrict s, int n, GradientScales r, typename Dtype::Bits* g) {
+FKD_CLONES void hard_gradient_of(const float* s, int n, GradientScales r, typename Dtype::Bits* g) {
     FKD_SIMD
     for (int j = 0; j < n; ++j)
-        g[j] = Dtype::narrowed(r.hard * hard_exponential<Hard::exponential>(0, s[j], r.max.student) + r.constant);
+        g[j] = Dtype::narrowed(r.hard * hard_exponential<Hard::exponential>(0, s[j], r.centre.student) + r.constant);
 }
 
 template <class Dtype>
@@ -268,11 +268,25 @@ FKD_CLONES float block_maximum(const float* x, int n) {
     return nan ? NAN : m;
 }
 
-FKD_CLONES float block_sum(const float* x, int n) {
-    float sum = 0;
+FKD_CLONES double block_sum(const float* x, int n) {
+    double sum = 0;
     FKD_SIMD_SUM(sum)
     for (int j = 0; j < n; ++j) sum += x[j];
     return sum;
+}
+
+FKD_CLONES Sample block_sample(const float* s, const float* t, int n, float teacher_max, Scales k) {
+    const int some = n < 64 ? n : 64;
+    float difference = 0, mass = 0;
+    FKD_SIMD_SUM(difference, mass)
+    for (int j = 0; j < some; ++j) {
+        const float d = s[j] - t[j], e_t = exp2_of((t[j] - teacher_max) * k.log2);
+        const bool finite = std::fabs(d) < 1e30f;
+        difference += finite ? e_t * d : 0.0f;
+        mass += finite ? e_t : 0.0f;
+    }
+    if (!(mass > 0)) return {0, 0};
+    return {difference / mass, mass * static_cast<float>(n) / static_cast<float>(some)};
 }
 
 FKD_CLONES void block_scale(const float* x, int n, float from, float factor, float* out) {

@@ -33,8 +33,8 @@ struct KeptFactors {
 
 // g = soft * (q - p) + hard * exp(s - max) + constant, with q = e_s per_z_s and p = e_t per_z_t.
 struct GradientScales {
-    Centre max{0, 0};
-    float teacher_max;  // as the logits have it; max.teacher is that of the scaled ones
+    Centre centre;
+    float teacher_from;  // what is taken off the teacher's logits before they are scaled
     float per_z_s, per_z_t, log_ratio, soft;
     float hard, constant;
     float at_label;  // the hard term's whole gradient at the label
@@ -47,7 +47,8 @@ struct Output {
 };
 
 float block_maximum(const float* x, int n);  // kLowest for a block of -inf, NaN for a block with a NaN
-float block_sum(const float* x, int n);
+double block_sum(const float* x, int n);
+Sample block_sample(const float* s, const float* t, int n, float teacher_max, Scales k);
 void block_scale(const float* x, int n, float from, float factor, float* out);  // (x - from) * factor
 float block_entropy_sum(const float* t, int n, float teacher_max, const Scales& k);  // sum of e_t log2(e_t)
 float block_hard_sum(const float* s, int n, float student_max, float* e_1);  // e_1 may be null

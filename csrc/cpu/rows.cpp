@@ -46,7 +46,9 @@ class Verb {
                 : loss.temperature == 1.0 ? Hard::same
                 : loss.temperature == 2.0 ? Hard::square
                                           : Hard::exponential),
-          kept_(!loss.soft ? 1 : hard_ == Hard::exponential ? 3 : 2) {}
+          kept_(!loss.soft ? 1 : hard_ == Hard::exponential ? 3 : 2) {
+        if (columns_ == 1) scales_.unit = 0;  // both probabilities are 1, whatever the last bit says
+    }
 
     int64_t first_bad_target() const {
         for (int64_t row = 0; row < rows_; ++row)
@@ -108,13 +110,13 @@ class Verb {
         return {b * kBlock, static_cast<int>(std::min<int64_t>(kBlock, columns_ - b * kBlock))};
     }
     // A teacher temperature of its own is a factor on the teacher's logits, once their maximum is taken off (scaled as
-    // they are, large ones would lose digits): what comes out has the maximum teacher_maximum(max_t).
-    const float* teacher_scaled(const float* t, int n, float max_t, float* buffer) const {
-        if (teacher_factor_ == 1.0f) return t;
-        block_scale(t, n, max_t, teacher_factor_, buffer);
+    // they are, large ones would lose digits).
+    const float* teacher_scaled(const float* t, int n, float from, float* buffer) const {
+        if (!scaled()) return t;
+        block_scale(t, n, from, teacher_factor_, buffer);
         return buffer;
     }
-    float teacher_maximum(float max_t) const { return teacher_factor_ == 1.0f ? max_t : 0.0f; }
+    bool scaled() const { return teacher_factor_ != 1.0f; }
     // What is touched after block b of `row`: the next block of logits, and in step with it the gradient of row
     // `before` and what is kept, where the verb has them. A stream that it lacks repeats the first.
     Ahead ahead(int64_t row, int64_t b, int64_t before, const FkdRows* gradient, const float* kept) const {
@@ -141,9 +143,10 @@ class Verb {
     }
     bool labelled(int64_t row) const { return hard_ != Hard::off && targets_[row] >= 0; }
 
-    // A row's workspace belongs to it alone where threads share rows, else to the thread that works on it.
+    // As many rows are worked on at a time as there are threads. Where threads share rows, a row's workspace is the
+    // row's, else it is the thread's.
     std::vector<Workspace> workspaces(int64_t kept) const {
-        std::vector<Workspace> spaces(static_cast<size_t>(split_ ? rows_ : threads_));
+        std::vector<Workspace> spaces(static_cast<size_t>(std::min(rows_, threads_)));
         for (Workspace& w : spaces) {
             w.pieces.resize(static_cast<size_t>(blocks_));
             w.kept.resize(static_cast<size_t>(kept * kept_stride()));
@@ -151,7 +154,7 @@ class Verb {
         return spaces;
     }
     Workspace& space(std::vector<Workspace>& spaces, int64_t row) const {
-        return spaces[static_cast<size_t>(split_ ? row : omp_get_thread_num())];
+        return spaces[static_cast<size_t>(split_ ? row % threads_ : omp_get_thread_num())];
     }
     // The three are read and written side by side: at a distance of whole pages they would evict one another.
     int64_t kept_stride() const { return blocks_ * kBlock + 272; }
@@ -188,14 +191,15 @@ class Verb {
             return;
         }
 #pragma omp parallel num_threads(threads_) if (threads_ > 1)
-        {
+        for (int64_t begin = 0; begin < rows_; begin += threads_) {
+            const int64_t end = std::min(begin + threads_, rows_);
 #pragma omp for collapse(2)
-            for (int64_t row = 0; row < rows_; ++row)
+            for (int64_t row = begin; row < end; ++row)
                 for (int64_t b = 0; b < blocks_; ++b) measure(row, b, -1);
 #pragma omp for
-            for (int64_t row = 0; row < rows_; ++row) finish(row);
+            for (int64_t row = begin; row < end; ++row) finish(row);
 #pragma omp for collapse(2)
-            for (int64_t row = 0; row < rows_; ++row)
+            for (int64_t row = begin; row < end; ++row)
                 for (int64_t b = 0; b < blocks_; ++b) fill(row, b);
         }
     }
@@ -215,16 +219,17 @@ class Verb {
         Partial<double> piece;
         const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
         const float max_s = block_maximum(s, at.n);
-        piece.max_s = max_s;
+        Centre centre = Centre::of(max_s, 0);
         const Kept kept = keep ? kept_block(w, b) : Kept{};
         if (loss_.soft) {
             const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffers[1]);
             const float max_t = block_maximum(t, at.n);
             t = teacher_scaled(t, at.n, max_t, buffers[1]);
-            const Centre centre(max_s, teacher_maximum(max_t));
+            const float top = scaled() ? 0 : max_t;
+            centre = centre_of(max_s, top, block_sample(s, t, at.n, top, scales_), scales_);
             const Ahead next = ahead(row, b, before, gradient, keep ? w.kept.data() : nullptr);
             const BlockSums sums = block_sums(hard_, s, t, at.n, centre, scales_, keep ? &kept : nullptr, next);
-            piece.max_t = static_cast<double>(max_t) * teacher_factor_;
+            piece.max_t = scaled() ? static_cast<double>(max_t) * teacher_factor_ : centre.teacher;
             piece.z_s = sums.z_s;
             piece.z_t = sums.z_t;
             piece.b1 = sums.b1;
@@ -233,17 +238,18 @@ class Verb {
             if (!(max_t < INFINITY)) piece.z_t = NAN;
             if (loss_.divergence == FKD_CROSS_ENTROPY) piece.h = block_entropy_sum(t, at.n, centre.teacher, scales_);
         } else if (labelled(row)) {
-            piece.z_1 = block_hard_sum(s, at.n, max_s, kept.e_1);
+            piece.z_1 = block_hard_sum(s, at.n, centre.student, kept.e_1);
         }
         if (labelled(row)) {
             const int64_t label = targets_[row] - at.begin;
             if (0 <= label && label < at.n) {
                 const int l = static_cast<int>(label);
-                piece.z_1 = static_cast<double>(block_hard_sum(s, l, max_s, nullptr)) +
-                            block_hard_sum(s + l + 1, at.n - l - 1, max_s, nullptr);
+                piece.z_1 = static_cast<double>(block_hard_sum(s, l, centre.student, nullptr)) +
+                            block_hard_sum(s + l + 1, at.n - l - 1, centre.student, nullptr);
             }
             if (loss_.label_smoothing > 0) piece.sum = block_sum(s, at.n);
         }
+        piece.max_s = centre.student;
         if (!(max_s < INFINITY)) piece.z_s = piece.z_1 = NAN;
         w.pieces[static_cast<size_t>(b)] = piece;
     }
@@ -266,7 +272,7 @@ class Verb {
             const double label_logit = LogitsRow(student_, row).read(target);
             finish_hard(total, label_logit, result);
             double value = result.nll;
-            if (loss_.label_smoothing > 0)
+            if (loss_.label_smoothing > 0 && value < INFINITY)  // inf - inf would be no loss
                 value += loss_.label_smoothing * (label_logit - total.sum / static_cast<double>(columns_));
             hard[row] = static_cast<float>(value);
         }
@@ -278,8 +284,8 @@ class Verb {
 
     GradientScales gradient_scales(int64_t row, const float* stats, const float* soft, const float* hard) const {
         GradientScales r;
-        r.max = Centre(stats[FKD_STUDENT_MAX], teacher_maximum(stats[FKD_TEACHER_MAX]));
-        r.teacher_max = stats[FKD_TEACHER_MAX];
+        r.centre = Centre::of(stats[FKD_STUDENT_MAX], scaled() ? 0 : stats[FKD_TEACHER_MAX]);
+        r.teacher_from = stats[FKD_TEACHER_MAX];
         r.per_z_s = 1 / stats[FKD_STUDENT_SUM];
         r.per_z_t = 1 / stats[FKD_TEACHER_SUM];
         r.log_ratio = stats[FKD_LOG_RATIO];
@@ -314,16 +320,16 @@ class Verb {
         if (!loss_.soft) return r.at_label;
         const float s = LogitsRow(student_, row).read(targets_[row]);
         float t = LogitsRow(teacher_, row).read(targets_[row]);
-        t = *teacher_scaled(&t, 1, r.teacher_max, &t);
-        const Pair pair = exponentials(s, t, r.max, scales_);
+        t = *teacher_scaled(&t, 1, r.teacher_from, &t);
+        const Pair pair = exponentials(s, t, r.centre, scales_);
         const float log_ratio = pair.delta - r.log_ratio;
         return r.at_label + r.soft * probability_difference(pair.e_s * r.per_z_s, pair.e_t * r.per_z_t, log_ratio);
     }
 
     // q - p = f_s e_s - f_t e_t = f_s (e_s - e_t) + (f_s - f_t) e_t, each factor without cancellation.
     KeptFactors kept_factors(const Partial<double>& piece, const GradientScales& r) const {
-        const float down_s = static_cast<float>(piece.max_s - r.max.student);
-        const float down_t = static_cast<float>(piece.max_t - static_cast<double>(r.teacher_max) * teacher_factor_);
+        const float down_s = static_cast<float>(piece.max_s - r.centre.student);
+        const float down_t = static_cast<float>(piece.max_t - static_cast<double>(r.teacher_from) * teacher_factor_);
         const float f_s = std::exp2(down_s * scales_.log2) * r.per_z_s;
         const float f_t = std::exp2(down_t * scales_.log2) * r.per_z_t;
         const float apart = (down_s - down_t) * scales_.unit - r.log_ratio;

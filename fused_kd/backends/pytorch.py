@@ -108,23 +108,53 @@ class _Chunk:
         o = self.options
         dtype = row_dtype(self.student, self.teacher)
         self.scale = 1 / o.temperature
-        self.s = self.student[self.index][:, : self.columns].to(dtype)
-        self.t = self.teacher[self.index][:, : self.columns].to(dtype)
+        self.s = self.student[..., : self.columns][self.index].to(dtype)
+        self.t = self.teacher[..., : self.columns][self.index].to(dtype)
         target = self.targets[self.span]
         self.counted = target != SKIP
         self.labelled = self.counted & (target != NO_LABEL)
         self.valid = in_range(target, self.columns)
         self.label = torch.where(self.labelled & self.valid, target, 0).unsqueeze(1)
 
-    def _pair(self, max_s: Tensor, max_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """e_s, e_t and delta: e_s = e_t exp(delta)."""
-        from_s, from_t, apart = self.s - max_s, self._teacher_from(max_t), max_s - max_t
+    def _pair(self, centre_s: Tensor, centre_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """e_s, e_t and delta, measured from these: e_s = e_t exp(delta)."""
+        from_s, from_t = self.s - centre_s, self._teacher_from(centre_t)
         difference = from_s - from_t
-        if self.options.temperature == self.options.teacher_temperature:
-            # s - t first: it is exact where the two are close numbers, and that is where delta has to be. Where one
-            # lies far above the other it is not, and the maxima are taken off first.
-            difference = torch.where(apart.abs() > 8, difference, (self.s - self.t) - apart)
+        if self._one_temperature:
+            # Without rounding where the student is close: what lies between centres on the grid is exact, and is taken
+            # off the one of s and t that lies farther from 0. Centres that are maxima may be subtracted before or
+            # after; before, where one lies far above the other.
+            apart, farther = centre_s - centre_t, centre_s.abs() >= centre_t.abs()
+            exact = (self.s - torch.where(farther, apart, 0.0)) - (self.t + torch.where(farther, 0.0, apart))
+            after = (self.s - self.t) - apart
+            gridded = (_on_grid(centre_s) == centre_s) & (_on_grid(centre_t) == centre_t)
+            difference = torch.where(gridded, exact, torch.where(apart.abs() > 8, difference, after))
+        if self.columns == 1:
+            difference = difference * 0  # both probabilities are 1, whatever the last bit says
         return (from_s * self.scale).exp(), (from_t * self.scale).exp(), difference * self.scale
+
+    def _centres(self) -> tuple[Tensor, Tensor]:
+        """The points that rows are measured from, [n, 1], so that delta is small for what most of p lies on.
+
+        Where one token has it all they are the maxima: delta is exactly 0 there. Else the student's lies the typical
+        difference above the teacher's: one logit that sticks out does not move it, unless exponentials from there
+        would leave float32's range.
+        """
+        max_s, max_t = _maximum(self.s), _maximum(self.t)
+        from_t = self._teacher_from(max_t)
+        e_t = (from_t * self.scale).exp()
+        difference = self.s - (self.t if self._one_temperature else from_t)
+        finite = difference.abs() < 1e30
+        mass = torch.where(finite, e_t, 0.0).sum(-1, keepdim=True)
+        typical = _on_grid(torch.where(finite, e_t * difference, 0.0).sum(-1, keepdim=True) / mass)
+        centre_t = _on_grid(max_t) if self._one_temperature else max_t
+        centre_s = centre_t + typical if self._one_temperature else typical
+        spread = (mass > 2) & ((max_s - centre_s).abs() <= 40 / max(1.0, self.scale))
+        return torch.where(spread, centre_s, max_s), torch.where(spread, centre_t, max_t)
+
+    @property
+    def _one_temperature(self) -> bool:
+        return self.options.temperature == self.options.teacher_temperature
 
     def _teacher_from(self, max_t: Tensor) -> Tensor:
         """t - max_t. The teacher's own temperature is a factor on it."""
@@ -135,10 +165,9 @@ class _Chunk:
         final = torch.float64 if self.s.device.type != "mps" else torch.float32
         nan = torch.full((), torch.nan, dtype=final, device=self.s.device)
         stat = torch.zeros((len(self.span), STATS), dtype=final, device=self.s.device)
-        max_s = _maximum(self.s)
+        max_s, max_t = self._centres() if o.soft else (_maximum(self.s), None)
         stat[:, STUDENT_MAX] = max_s.squeeze(1).to(final)
-        if o.soft:
-            max_t = _maximum(self.t)
+        if max_t is not None:
             e_s, e_t, delta = self._pair(max_s, max_t)
             plain = e_s - e_t
             b1 = torch.where(e_t == 0, 0.0, e_t * delta)  # 0 log 0 = 0
@@ -170,7 +199,8 @@ class _Chunk:
             # From the other columns' sum: a sure and right student keeps its digits.
             nll = torch.where(below < 30, (others / own).log1p(), below + total.log())
             if o.label_smoothing > 0:
-                nll = nll + o.label_smoothing * (logit - self.s.mean(-1, dtype=final))
+                smoothed = nll + o.label_smoothing * (logit - self.s.mean(-1, dtype=final))
+                nll = torch.where(nll == torch.inf, nll, smoothed)  # inf - inf would be no loss
             hard[self.span] = self._kept(self.labelled, nll).to(hard.dtype)
             stat[:, HARD_SUM] = total
             stat[:, MISS] = others / total
@@ -206,6 +236,10 @@ class _Chunk:
 def _maximum(logits: Tensor) -> Tensor:
     """[n, 1]; finite for a row of -inf, so that its exponentials are 0 and not NaN."""
     return logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+
+
+def _on_grid(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < 32768, (x * 256).round() / 256, x)
 
 
 def _phi_over_delta(d: Tensor) -> Tensor:
