@@ -7,6 +7,7 @@ makes a missing or failing compiler an error.
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,10 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
-OPTIONAL_FLAGS = [["-fopenmp"], ["-fopenmp-simd"], []]  # the first that the compiler takes
+# The first that the compiler takes. GCC before 12 cannot clone functions for an instruction set.
+OPTIONAL_FLAGS = [
+    [*threads, *clones] for clones in ([], ["-DFKD_NO_CLONES"]) for threads in (["-fopenmp"], ["-fopenmp-simd"], [])
+]
 
 
 class BuildNative(build_ext):
@@ -56,25 +60,26 @@ def build_cpu(folder: Path) -> dict[str, str]:
     output.unlink(missing_ok=True)
     if mode == "never":
         return {"missing": "it was not built (FUSED_KD_BUILD_CPU=never); reinstall without that variable"}
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "c++", "clang++"]
+    named = shlex.split(os.environ.get("CXX", ""))  # perhaps with arguments: "ccache g++"
+    names = named[:1] or ["g++", "c++", "clang++"]
     compiler = next((found for name in names if (found := shutil.which(name))), None)
     entry = {"missing": f"no C++ compiler was found (tried {', '.join(names)}); install g++ and reinstall"}
     if compiler is not None:
-        entry = compile_cpu(compiler, output)
+        entry = compile_cpu([compiler, *named[1:]], output)
     if mode == "always" and "missing" in entry:
         raise SystemExit(f"fused_kd: FUSED_KD_BUILD_CPU=always, but {entry['missing']}")
     return entry
 
 
-def compile_cpu(compiler: str, output: Path) -> dict[str, str]:
+def compile_cpu(compiler: list[str], output: Path) -> dict[str, str]:
     for optional in OPTIONAL_FLAGS:
         flags = [*FLAGS, *optional]
-        result = run(compiler, *flags, *SOURCES, "-o", str(output))
+        result = run(*compiler, *flags, *SOURCES, "-o", str(output))
         if result.returncode == 0:
-            version = run(compiler, "--version").stdout.split("\n")[0]
+            version = run(*compiler, "--version").stdout.split("\n")[0]
             return {"library": output.name, "built": version, "flags": " ".join(flags)}
     last = (result.stderr.strip() or "it said nothing").split("\n")[0]
-    return {"missing": f"{Path(compiler).name} failed ({last}); set CXX to a C++17 compiler and reinstall"}
+    return {"missing": f"{Path(compiler[0]).name} failed ({last}); set CXX to a C++17 compiler and reinstall"}
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,5 @@
 // The C interface of the native libraries: raw pointers, sizes, strides, dtype codes. No PyTorch header,
-// so one build serves every version of torch and Python. fused_kd/backends/cpu.py mirrors these structs.
+// so one build serves every version of torch and Python. fused_kd/native.py mirrors these structs.
 #pragma once
 #include <stdint.h>
 

@@ -29,11 +29,15 @@ class FusedKDFunction(torch.autograd.Function):
         stats = output[2]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, teacher, targets, stats)
+        # An inference tensor cannot be saved, and need not be: nothing that autograd sees writes to it.
+        inference = not torch.compiler.is_compiling() and teacher.is_inference()
+        ctx.teacher = teacher if inference else None
+        ctx.save_for_backward(student, None if inference else teacher, targets, stats)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, targets, stats = ctx.saved_tensors
+        student, saved, targets, stats = ctx.saved_tensors
+        teacher = saved if ctx.teacher is None else ctx.teacher
         soft, hard = (stats.new_zeros(len(stats)) if grad is None else grad for grad in grads[:2])
         arguments = (student, teacher, targets, stats, soft, hard, ctx.options)
         if not ctx.inplace:

@@ -64,7 +64,8 @@ def check_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
         raise TypeError(f"weights must be a floating tensor, got {got}; for a mask use weights=mask.float()")
     _check_shape("weights", weights, student)
     fits = torch.isfinite(weights) & (weights >= 0)
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not fits.all():
+    readable = type(weights) is Tensor and weights.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not fits.all():
         row = int((~fits.reshape(-1)).nonzero()[0])
         raise ValueError(f"weights must be finite and at least 0, got {float(weights.reshape(-1)[row])} in row {row}")
     return torch.where(fits, weights, torch.nan)
@@ -93,8 +94,8 @@ def check_inplace(student: Tensor, teacher: Tensor) -> None:
     """Whether the gradient may overwrite the student's logits. Not traced: whose storage it is shows in eager mode."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and student.requires_grad):
         return  # without a gradient nothing will be overwritten
-    base = student._base if student._is_view() else student
-    if base is not None and base.is_leaf and base.requires_grad:
+    base = student._base if student._is_view() else None
+    if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "inplace=True needs student_logits that a model computed, got a leaf tensor (or a view of one), whose "
             "storage is its owner's; use inplace=False"

@@ -62,7 +62,7 @@ def fused_kd_loss(
         student_logits: [..., V], float32, float16, bfloat16 or float64, any strides with unit stride in V.
         teacher_logits: [..., V] with the same leading shape, on the same device; its dtype may differ.
         labels: the logits' leading shape, int64. None needs hard_weight == 0.
-        temperature: tau > 0 of both softmaxes of the soft term.
+        temperature: tau of both softmaxes of the soft term, between 1e-10 and 1e10.
         alpha: weight of the soft term, in [0, 1] unless hard_weight is given.
         hard_weight: weight of the hard term; None: 1 - alpha. The paper's L = KD + w CE is alpha=1, hard_weight=w.
         teacher_temperature: the teacher's own tau; None: temperature.
@@ -82,7 +82,7 @@ def fused_kd_loss(
         backend: "auto", "cpu", "triton" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND, else the
             first that fits. `fused-kd info` lists them.
         num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as
-            the count of labelled positions over all micro-batches of a step.
+            the count of labelled positions over all micro-batches of a step. 0 counts as 1.
         weights: the logits' leading shape, floating, finite and at least 0; 0 is an ignored position.
 
     Returns:
@@ -161,7 +161,7 @@ def compute(
         loss = weight_of_soft * _reduced(soft, of_soft)
     elif not rows.soft:
         loss = weight_of_hard * _reduced(hard, of_hard)
-    elif of_soft is of_hard:
+    elif of_soft is of_hard and 1e-6 < weight_of_soft < 1e6 and weight_of_hard < 1e6:
         loss = weight_of_soft * _reduced(torch.add(soft, hard, alpha=weight_of_hard / weight_of_soft), of_soft)
     else:
         loss = weight_of_soft * _reduced(soft, of_soft) + weight_of_hard * _reduced(hard, of_hard)
@@ -198,7 +198,8 @@ def _denominator(
     if reduction == "none":
         return None
     if num_items is not None:
-        return num_items + (num_items == 0)
+        count = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
+        return count + (count == 0)
     if reduction == "batchmean":
         return max(1, student.shape[0])
     if reduction == "sum":

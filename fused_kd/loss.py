@@ -56,6 +56,11 @@ class FusedKDLoss(torch.nn.Module):
             backend=backend,
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(KDOptions, name):
+            raise AttributeError(f"the options of a FusedKDLoss are fixed: make a new one with {name}={value!r}")
+        super().__setattr__(name, value)
+
     def forward(
         self,
         student_logits: Tensor,

@@ -90,8 +90,10 @@ def build_report() -> dict[str, dict[str, str]]:
     """What setup.py wrote about each library: how it was built, or why it was not."""
     path = _FOLDER / "_native.json"
     if not path.exists():
-        reason = "the package was not installed (no build report beside it); install it with pip"
-        return {name: {"missing": reason} for name in ("cpu", "cuda")}
+        reason = (
+            "no build report beside it: it was not installed; install it with pip (in a checkout: pip install -e .)"
+        )
+        return {"cpu": {"missing": reason}}
     report: dict[str, dict[str, str]] = json.loads(path.read_text())
     return report
 
@@ -99,7 +101,7 @@ def build_report() -> dict[str, dict[str, str]]:
 @functools.cache
 def load(name: str) -> ctypes.CDLL | str:
     """The library of this name, or why there is none and what to do about it."""
-    report = build_report().get(name, {"missing": "this version has none"})
+    report = build_report()[name]
     if "missing" in report:
         return report["missing"]
     try:

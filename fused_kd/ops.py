@@ -83,10 +83,7 @@ def _operator(
 ) -> Any:
     """Registers `real` as fused_kd::name; `signature` leaves out the options, which are those of RowOptions."""
     arguments, result = signature.split(" -> ")
-    options = (
-        "float temperature, float teacher_temperature, str divergence, float label_smoothing, "
-        "bool soft, bool hard, str backend"
-    )
+    options = ", ".join(f"{kind.__name__} {option}" for option, kind in RowOptions.__annotations__.items())
     operator = torch.library.custom_op(
         f"fused_kd::{name}", real, mutates_args=mutates, schema=f"({arguments}, {options}) -> {result}"
     )

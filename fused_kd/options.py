@@ -2,16 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Divergence = Literal["forward_kl", "cross_entropy"]
 Reduction = Literal["mean", "sum", "none", "batchmean"]
 VocabMismatch = Literal["error", "truncate"]
 
 _CHOICES = {
-    "divergence": ("forward_kl", "cross_entropy"),
-    "reduction": ("mean", "sum", "none", "batchmean"),
-    "vocab_mismatch": ("error", "truncate"),
+    "divergence": get_args(Divergence),
+    "reduction": get_args(Reduction),
+    "vocab_mismatch": get_args(VocabMismatch),
 }
 _SWITCHES = ("t2_scaling", "soft_on_ignored", "shift", "inplace", "return_parts")
 
@@ -55,6 +55,8 @@ class KDOptions:
             raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise TypeError(f"ignore_index must be an int, got {_name(self.ignore_index)}")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index must fit int64, as labels do, got {self.ignore_index}")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -87,9 +89,13 @@ def _check_temperature(name: str, value: float) -> None:
     _check_number(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+    if not 1e-10 <= value <= 1e10:
+        raise ValueError(f"{name} must be between 1e-10 and 1e10, where float32 can follow it, got {value}")
 
 
 def _check_weight(name: str, value: float) -> None:
     _check_number(name, value)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    if value > 1e30:
+        raise ValueError(f"{name} must be at most 1e30, where float32 can follow it, got {value}")

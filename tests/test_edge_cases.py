@@ -265,6 +265,28 @@ def test_smoothing_over_a_masked_column_is_infinite(backend: str) -> None:
     assert gradient.isfinite().all()
 
 
+def test_smoothing_with_an_impossible_label_is_infinite(backend: str) -> None:
+    student, teacher = make_logits("wide", 2, V)
+    student[1, 9] = -INF
+    loss, gradient = loss_and_gradient(
+        student, teacher, torch.tensor([9, 9]), alpha=0.0, label_smoothing=0.1, reduction="none", backend=backend
+    )
+    assert loss[0].isfinite()
+    assert loss[1] == INF
+    assert gradient.isfinite().all()
+
+
+def test_a_teacher_in_inference_mode(backend: str) -> None:
+    student, teacher = make_logits("wide", 3, V)
+    with torch.inference_mode():
+        frozen = teacher * 1
+    labels = torch.tensor([1, 2, 3])
+    expected = loss_and_gradient(student, teacher, labels, backend=backend)
+    assert all(
+        torch.equal(*x) for x in zip(loss_and_gradient(student, frozen, labels, backend=backend), expected, strict=True)
+    )
+
+
 @pytest.mark.large
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
     rows, columns = 2**31 // 151936 + 2, 151936

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_kd import FusedKDLoss, fused_kd_loss
+from fused_kd import FusedKDLoss, fused_kd_loss, ops
 
 S, T, Y = torch.randn(2, 3, 10), torch.randn(2, 3, 10), torch.zeros(2, 3, dtype=torch.int64)
 
@@ -14,6 +14,9 @@ OPTIONS = [
     ({"temperature": -1.0}, ValueError, "temperature must be finite and greater than 0, got -1.0"),
     ({"temperature": float("inf")}, ValueError, "temperature must be finite and greater than 0, got inf"),
     ({"temperature": float("nan")}, ValueError, "temperature must be finite and greater than 0, got nan"),
+    ({"temperature": 1e200}, ValueError, "temperature must be between 1e-10 and 1e10"),
+    ({"hard_weight": 1e300}, ValueError, "hard_weight must be at most 1e30"),
+    ({"ignore_index": 2**70}, ValueError, "ignore_index must fit int64"),
     ({"temperature": "2"}, TypeError, "temperature must be a Python number, got '2' of type str"),
     ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be finite and greater than 0"),
     ({"alpha": 1.5}, ValueError, r"alpha must be in \[0, 1\] while hard_weight is None.*got 1.5; give hard_weight"),
@@ -78,7 +81,8 @@ def test_calls(arguments: tuple[Any, ...], options: dict[str, Any], error: type[
 
 def test_inplace_on_a_leaf() -> None:
     leaf = S.clone().requires_grad_()
-    for logits in (leaf, leaf[:1], leaf.view(-1, 10)):
+    leaf_view = S.clone()[:1].requires_grad_()
+    for logits in (leaf, leaf[:1], leaf.view(-1, 10), leaf_view):
         with pytest.raises(ValueError, match="inplace=True needs student_logits that a model computed, got a leaf"):
             fused_kd_loss(logits, torch.zeros_like(logits), alpha=1.0, inplace=True)
     with torch.no_grad():  # evaluation: nothing will be overwritten
@@ -109,3 +113,18 @@ def test_double_backward(backend: str) -> None:
     loss = fused_kd_loss(logits * 1, T, Y, inplace=True, backend=backend)
     with pytest.raises(RuntimeError, match="inplace=True cannot be used with create_graph=True"):
         torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_options_are_fixed() -> None:
+    with pytest.raises(AttributeError, match="options of a FusedKDLoss are fixed: make a new one with temperature=3"):
+        FusedKDLoss().temperature = 3
+
+
+def test_the_operators_check_their_vectors(backend: str) -> None:
+    if backend != "cpu":
+        return
+    targets, ones = torch.zeros(6, dtype=torch.int64), torch.ones(6)
+    options = (2.0, 2.0, "forward_kl", 0.0, True, True, backend)
+    for bad in ((targets.int(), ones, ones), (targets[:2], ones, ones), (targets, ones.double(), ones)):
+        with pytest.raises((TypeError, ValueError), match="targets must be int64|each "):
+            ops.rows_fused(S, T, *bad, *options)

@@ -63,8 +63,12 @@ def rows_fused(
 
 
 def _call(verb: str, student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, *rest: object) -> None:
-    if targets.numel() == 0:
+    positions = student.shape[:-1].numel()
+    if not targets.numel() == positions == teacher.shape[:-1].numel():
+        raise ValueError(f"each of the student's {positions} rows needs a teacher's row and a target")
+    if positions == 0:
         return
+    _check_vectors(targets, *rest)
     # Vectors of one number a row: O(N), so a strided one (an expanded gradient) may be laid out anew.
     vectors = [x.contiguous() if isinstance(x, Tensor) else x for x in (targets, *rest)]
     first, *others = (x.data_ptr() if isinstance(x, Tensor) else x for x in vectors)
@@ -80,3 +84,15 @@ def _call(verb: str, student: Tensor, teacher: Tensor, targets: Tensor, options:
         raise MemoryError("fused_kd: no memory for one row's scratch in each thread")
     if result != native.DONE:
         raise bad_target(result, int(targets[result]), vocabulary(student, teacher))
+
+
+def _check_vectors(targets: Tensor, *rest: object) -> None:
+    """The operators can be called by anybody, and the library believes what it is told."""
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, got {targets.dtype}")
+    for vector in rest:
+        if isinstance(vector, Tensor) and (vector.dtype != torch.float32 or len(vector) != len(targets)):
+            raise ValueError(
+                f"each row needs its own float32 number: got {vector.dtype} {tuple(vector.shape)} "
+                f"for {len(targets)} targets"
+            )

@@ -19,6 +19,7 @@ from fused_kd.backends.rows import STATS, RowOptions, check_targets, vocabulary
 from fused_kd.native import leading_layout
 
 NAME = "triton"
+DESCRIPTION = "Triton kernels for NVIDIA and AMD GPUs: float32, bfloat16, float16"
 INTERPRET = "TRITON_INTERPRET"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
