@@ -21,7 +21,7 @@ static const int64_t FKD_NO_LABEL = INT64_MIN + 1;  // the soft term only
 
 // What the gradient needs of a row: the columns of stats[N, FKD_STATS], float32.
 enum FkdStat {
-    FKD_STUDENT_MAX, FKD_TEACHER_MAX,
+    FKD_STUDENT_MAX, FKD_TEACHER_MAX,  // the points that the sums are measured from: the maxima, or near them
     FKD_STUDENT_SUM,   // sum of exp((s - student_max) / tau)
     FKD_TEACHER_SUM,   // sum of exp((t - teacher_max) / tau_t)
     FKD_LOG_RATIO,     // log(student_sum / teacher_sum), with its small values intact

@@ -161,6 +161,7 @@ def compute(
         loss = weight_of_soft * _reduced(soft, of_soft)
     elif not rows.soft:
         loss = weight_of_hard * _reduced(hard, of_hard)
+    # One vector less where both are divided by the same, as long as float32 holds the ratio.
     elif of_soft is of_hard and 1e-6 < weight_of_soft < 1e6 and weight_of_hard < 1e6:
         loss = weight_of_soft * _reduced(torch.add(soft, hard, alpha=weight_of_hard / weight_of_soft), of_soft)
     else:

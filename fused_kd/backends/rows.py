@@ -12,7 +12,7 @@ NO_LABEL = SKIP + 1  # the soft term only
 
 # What the gradient needs of a row: the columns of stats [N, STATS]. With e_s = exp((s - max) / tau):
 (
-    STUDENT_MAX,
+    STUDENT_MAX,  # the points that the sums are measured from: the maxima, or near them
     TEACHER_MAX,
     STUDENT_SUM,  # sum of e_s
     TEACHER_SUM,  # sum of e_t
