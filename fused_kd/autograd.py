@@ -8,46 +8,60 @@ from torch import Tensor
 from fused_kd import ops
 from fused_kd.backends.rows import RowOptions
 
+# What a term of each row is multiplied by: one number for all rows, or a vector [N].
+Coefficient = float | Tensor
+
 
 class FusedKDFunction(torch.autograd.Function):
-    """(student [..., V], teacher [..., V], targets [N], options, inplace) -> soft[N], hard[N], stats[N, k].
+    """(student [..., V], teacher [..., V], targets [N], coef_soft, coef_hard, options, inplace)
+    -> coef_soft * soft + coef_hard * hard [N], soft[N], hard[N], stats[N, k].
 
-    `targets` are labels, or SKIP or NO_LABEL of `fused_kd.backends.rows`. Differentiable once, in the student alone.
-    With `inplace` the gradient is written over the student's logits.
+    `targets` are labels, or SKIP or NO_LABEL of `fused_kd.backends.rows`. Differentiable once, in the student and in
+    coefficients [N]; only the first result has a gradient. With `inplace` it is written over the student's logits.
     """
 
     @staticmethod
     def forward(
-        student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, inplace: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        student: Tensor,
+        teacher: Tensor,
+        targets: Tensor,
+        coef_soft: Coefficient,
+        coef_hard: Coefficient,
+        options: RowOptions,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         verb = ops.forward if _eager(student, teacher) else ops.rows_forward
-        return verb(student, teacher, targets, *options)
+        soft, hard, stats = verb(student, teacher, targets, *options)
+        losses = soft * coef_soft if options.soft else hard * coef_hard
+        if options.soft and options.hard:
+            losses += hard * coef_hard
+        return losses, soft, hard, stats
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        student, teacher, targets, ctx.options, ctx.inplace = inputs
-        stats = output[2]
-        ctx.mark_non_differentiable(stats)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        student, teacher, targets, coef_soft, coef_hard, ctx.options, ctx.inplace = inputs
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         # An inference tensor cannot be saved, and need not be: nothing that autograd sees writes to it.
         inference = not torch.compiler.is_compiling() and teacher.is_inference()
-        ctx.teacher = teacher if inference else None
-        ctx.save_for_backward(student, None if inference else teacher, targets, stats)
+        tensors = (student, teacher, targets, coef_soft, coef_hard, *output[1:])
+        kept = [isinstance(x, Tensor) and not (inference and x is teacher) for x in tensors]
+        ctx.others = [None if keep else x for keep, x in zip(kept, tensors, strict=True)]
+        ctx.save_for_backward(*(x if keep else None for keep, x in zip(kept, tensors, strict=True)))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        student, saved, targets, stats = ctx.saved_tensors
-        teacher = saved if ctx.teacher is None else ctx.teacher
-        soft, hard = (stats.new_zeros(len(stats)) if grad is None else grad for grad in grads[:2])
-        arguments = (student, teacher, targets, stats, soft, hard, ctx.options)
-        if not ctx.inplace:
-            gradient = _Gradient.apply(*arguments) if torch.is_grad_enabled() else _gradient(*arguments)
-        elif torch.is_grad_enabled():
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        saved = [x if x is not None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        arguments = (*saved, grad, ctx.options, ctx.inplace, ctx.needs_input_grad[3:5])
+        if not torch.is_grad_enabled():
+            gradient, of_soft, of_hard = _gradients(*arguments)
+        elif ctx.inplace:
             raise RuntimeError("inplace=True cannot be used with create_graph=True: the logits would be lost")
         else:
-            ops.rows_backward_(*arguments[:-1], *ctx.options)  # the operator: it tells autograd of the write
-            gradient = student.detach()
-        return gradient, None, None, None, None
+            gradient, of_soft, of_hard = _Gradients.apply(*arguments)
+        return gradient, None, None, of_soft, of_hard, None, None
 
 
 class _EagerFunction(FusedKDFunction):
@@ -57,26 +71,42 @@ class _EagerFunction(FusedKDFunction):
     setup_context = staticmethod(torch.autograd.Function.setup_context)
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output = FusedKDFunction.forward(*inputs)
         FusedKDFunction.setup_context(ctx, inputs, output)
         return output
 
 
-def rows_loss(
-    student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, inplace: bool
-) -> tuple[Tensor, Tensor]:
-    """soft[N] and hard[N] of each row, differentiable in the student."""
+def rows_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The first three results of FusedKDFunction, for its arguments."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     function = FusedKDFunction if traced else _EagerFunction
-    soft, hard, _ = function.apply(student, teacher, targets, options, inplace)
-    return soft, hard
+    losses, soft, hard, _ = function.apply(*arguments)
+    return losses, soft, hard
 
 
-def _gradient(*arguments: Any) -> Tensor:
-    *tensors, options = arguments
-    verb = ops.backward if _eager(tensors[0], tensors[1]) else ops.rows_backward
-    return verb(*tensors, *options)
+def _gradients(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    coef_soft: Coefficient,
+    coef_hard: Coefficient,
+    soft: Tensor,
+    hard: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    options: RowOptions,
+    inplace: bool,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of the student, and of those coefficients of which it is wanted."""
+    rows = (student, teacher, targets, stats, grad * coef_soft, grad * coef_hard, *options)
+    if inplace:
+        ops.rows_backward_(*rows)  # the operator: it tells autograd of the write
+        gradient = student.detach()
+    else:
+        gradient = (ops.backward if _eager(student, teacher) else ops.rows_backward)(*rows)
+    return gradient, grad * soft if wanted[0] else None, grad * hard if wanted[1] else None
 
 
 def _eager(student: Tensor, teacher: Tensor) -> bool:
@@ -88,15 +118,15 @@ def _eager(student: Tensor, teacher: Tensor) -> bool:
     )
 
 
-class _Gradient(torch.autograd.Function):
-    """The gradient where a graph of it is asked for: there is no second derivative, and it says so when used."""
+class _Gradients(torch.autograd.Function):
+    """The gradients where a graph of them is asked for: there is no second derivative, and it says so when used."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return _gradient(*arguments)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return _gradients(*arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         return None
 
     @staticmethod

@@ -3,13 +3,14 @@
 Everything here but the two tensors of logits is a vector with one number a row, in ordinary PyTorch.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_kd.autograd import rows_loss
-from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions
+from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions, row_dtype
 from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights
 from fused_kd.options import Divergence, KDOptions, Reduction, VocabMismatch
 
@@ -145,34 +146,31 @@ def compute(
         targets = _shifted(targets, SKIP)
         weights = None if weights is None else _shifted(weights, 0.0)
     targets = targets.flatten()
-    soft, hard = rows_loss(student_logits, teacher_logits.detach(), targets, rows, options.inplace)
-
+    dtype = row_dtype(student_logits, teacher_logits)
     if weights is not None:
-        weights = weights.flatten().to(soft.dtype)
-        soft, hard = soft * weights, hard * weights
-    counted = targets != SKIP
-    of_soft = of_hard = _denominator(counted, weights, num_items, student_logits, options.reduction)
-    if soft_on_ignored:
-        labelled = counted & (targets != NO_LABEL)
-        of_hard = _denominator(labelled, weights, num_items, student_logits, options.reduction)
+        weights = weights.flatten().to(dtype)
 
-    weight_of_soft, weight_of_hard = options.weight_of_soft, options.weight_of_hard
-    if not rows.hard:
-        loss = weight_of_soft * _reduced(soft, of_soft)
-    elif not rows.soft:
-        loss = weight_of_hard * _reduced(hard, of_hard)
-    # One vector less where both are divided by the same, as long as float32 holds the ratio.
-    elif of_soft is of_hard and 1e-6 < weight_of_soft < 1e6 and weight_of_hard < 1e6:
-        loss = weight_of_soft * _reduced(torch.add(soft, hard, alpha=weight_of_hard / weight_of_soft), of_soft)
-    else:
-        loss = weight_of_soft * _reduced(soft, of_soft) + weight_of_hard * _reduced(hard, of_hard)
+    counted = targets != SKIP
+    rate = partial(_rate, weights, num_items, student_logits.shape[0], options.reduction, dtype)
+    of_soft = of_hard = rate(counted)
+    if soft_on_ignored:
+        of_hard = rate(counted & (targets != NO_LABEL))
+    losses, soft, hard = rows_loss(
+        student_logits,
+        teacher_logits.detach(),
+        targets,
+        options.weight_of_soft * of_soft,
+        options.weight_of_hard * of_hard,
+        rows,
+        options.inplace,
+    )
     positions = student_logits.shape[:-1] if options.reduction == "none" else None
     if not options.return_parts:
-        return _laid_out(loss, positions)
+        return _reduced(losses, positions)
     return KDLossOutput(
-        _laid_out(loss, positions),
-        _laid_out(_reduced(soft.detach(), of_soft), positions) if rows.soft else None,
-        _laid_out(_reduced(hard.detach(), of_hard), positions) if rows.hard else None,
+        _reduced(losses, positions),
+        _reduced((soft * of_soft).detach(), positions) if rows.soft else None,
+        _reduced((hard * of_hard).detach(), positions) if rows.hard else None,
     )
 
 
@@ -192,29 +190,33 @@ def _shifted(values: Tensor, last: float) -> Tensor:
     return torch.cat([values[..., 1:], values.new_full((*values.shape[:-1], 1), last)], -1)
 
 
-def _denominator(
-    rows: Tensor, weights: Tensor | None, num_items: float | Tensor | None, student: Tensor, reduction: Reduction
-) -> float | Tensor | None:
-    """What a sum over `rows` is divided by; None: nothing is summed. A mean over nothing is 0, not 0 / 0."""
-    if reduction == "none":
-        return None
-    if num_items is not None:
-        count = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
-        return count + (count == 0)
-    if reduction == "batchmean":
-        return max(1, student.shape[0])
-    if reduction == "sum":
-        return 1
-    if weights is None:
-        return rows.sum().clamp(min=1)
-    total = (weights * rows).sum()
-    return total + (total == 0)
+def _rate(
+    weights: Tensor | None,
+    num_items: float | Tensor | None,
+    batch: int,
+    reduction: Reduction,
+    dtype: torch.dtype,
+    rows: Tensor,
+) -> float | Tensor:
+    """What each of `rows` counts for, so that they need only be summed. A mean over nothing is 0, not 0 / 0."""
+    divisor: float | Tensor = 1.0
+    if isinstance(num_items, Tensor):
+        divisor = num_items.detach().reshape(()).to(dtype)
+        divisor = divisor + (divisor == 0)
+    elif num_items is not None:
+        divisor = num_items or 1.0
+    elif reduction == "batchmean":
+        divisor = max(1, batch)
+    elif reduction == "mean" and weights is not None:
+        divisor = (weights * rows).sum()
+        divisor = divisor + (divisor == 0)
+    elif reduction == "mean":
+        divisor = rows.sum(dtype=dtype).clamp(min=1)
+    if weights is not None:
+        return weights / divisor
+    return divisor.reciprocal() if isinstance(divisor, Tensor) else 1 / divisor
 
 
-def _reduced(values: Tensor, denominator: float | Tensor | None) -> Tensor:
-    """One number of the rows' values [N], which are 0 where a row does not count."""
-    return values if denominator is None else values.sum() / denominator
-
-
-def _laid_out(values: Tensor, positions: torch.Size | None) -> Tensor:
-    return values if positions is None else values.reshape(positions)
+def _reduced(values: Tensor, positions: torch.Size | None) -> Tensor:
+    """The rows' sum; or the rows laid out over `positions`."""
+    return values.sum() if positions is None else values.reshape(positions)

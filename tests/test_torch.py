@@ -10,7 +10,7 @@ from support import DTYPES, assert_gradient, make_labels, make_logits
 from fused_kd import FusedKDLoss, fused_kd_loss, ops
 from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions, row_dtype
 from fused_kd.options import KDOptions
-from fused_kd.reference import hard_term, soft_term
+from fused_kd.reference import hard_term, kd_loss, soft_term
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -27,6 +27,21 @@ def test_gradcheck(kind: str, options: dict[str, Any]) -> None:
     labels = make_labels(2, 3, vocabulary=11)
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda s: fused_kd_loss(s, teacher, labels, **options), student)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"soft_on_ignored": True}, {"num_items": 3}], ids=str)
+def test_gradient_in_the_weights(options: dict[str, Any]) -> None:
+    student, teacher = (x.double() for x in make_logits("wide", 6, 50))
+    labels = make_labels(6, vocabulary=50)
+    weights = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    student.requires_grad_()
+    for loss_fn in (fused_kd_loss, kd_loss):
+        loss = loss_fn(student, teacher, labels, weights=weights, **options)
+        assert isinstance(loss, torch.Tensor)
+        gradients = torch.autograd.grad(loss.sum(), (weights, student))
+        if loss_fn is fused_kd_loss:
+            ours = gradients
+    torch.testing.assert_close(ours, gradients)
 
 
 def options_of(*, temperature: float = 2.0, **changes: Any) -> tuple[Any, ...]:

@@ -39,12 +39,14 @@ FKD_MATH uint32_t bits_of(float x) {
 // dtypes: the way of their bits into float32, and back to nearest even.
 struct Float32 {
     using Bits = float;
+    static constexpr float kMinusInf = -INFINITY;
     FKD_MATH float widened(float x) { return x; }
     FKD_MATH float narrowed(float x) { return x; }
 };
 
 struct Bfloat16 {
     using Bits = uint16_t;
+    static constexpr uint16_t kMinusInf = 0xff80;
     FKD_MATH float widened(uint16_t x) { return of_bits(static_cast<uint32_t>(x) << 16); }
     FKD_MATH uint16_t narrowed(float x) {
         const uint32_t bits = bits_of(x);
@@ -55,6 +57,7 @@ struct Bfloat16 {
 
 struct Float16 {
     using Bits = uint16_t;
+    static constexpr uint16_t kMinusInf = 0xfc00;
     // The exponents' biases differ by 112: a product moves them and makes subnormal numbers normal.
     FKD_MATH float widened(uint16_t x) {
         const uint32_t magnitude = x & 0x7fffu, sign = static_cast<uint32_t>(x & 0x8000u) << 16;
@@ -94,6 +97,10 @@ template <class Dtype>
 typename Dtype::Bits* elements(void* data, Dtype) {
     return static_cast<typename Dtype::Bits*>(data);
 }
+template <class Dtype>
+const typename Dtype::Bits* elements(const void* data, Dtype) {
+    return static_cast<const typename Dtype::Bits*>(data);
+}
 
 // A block's sums are kept in this many lanes, whatever the width of the machine's vectors: so their order, and with it
 // a row's bits, depends on neither that nor the alignment of the data.
@@ -111,30 +118,35 @@ FKD_MATH void fetch(const Ahead& a, int j, int width) {
         for (int i = 0; i < kStreams; ++i) FKD_PREFETCH(a.at[i] + (j + l) * a.size[i]);
 }
 
-// step(first, width) for all columns, `lanes` at a time, the last ones one by one.
-template <int lanes, class Step>
-FKD_MATH void in_lanes(int n, const Step& step) {
-    int j = 0;
-    for (; j + lanes <= n; j += lanes) step(j, lanes);
-    for (; j < n; ++j) step(j, 1);
-}
+// The last columns of a block that do not fill its lanes, with -inf in the others: those add nothing.
+template <class Dtype, int lanes>
+struct Tail {
+    typename Dtype::Bits x[lanes];
+
+    FKD_MATH Tail of(const typename Dtype::Bits* x, int n) {
+        Tail tail;
+        for (int l = 0; l < lanes; ++l) tail.x[l] = Dtype::kMinusInf;
+        std::memcpy(tail.x, x, sizeof(*x) * static_cast<size_t>(n));
+        return tail;
+    }
+};
 
 template <Hard hard, bool keep>
 FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict t, int n, Centre m, Scales k,
                              float* __restrict excess, float* __restrict e_t, float* __restrict e_1, Ahead ahead) {
     float z_s[kLanes] = {}, z_t[kLanes] = {}, b1[kLanes] = {}, b2[kLanes] = {}, z_1[kLanes] = {};
-    in_lanes<kLanes>(n, [&](int j, int width) FKD_INLINED {
-        fetch(ahead, j, width);
+    const auto step = [&](const float* __restrict x, const float* __restrict w, int j) FKD_INLINED {
+        fetch(ahead, j, kLanes);
         FKD_SIMD
-        for (int l = 0; l < width; ++l) {
-            const Pair pair = exponentials(s[j + l], t[j + l], m, k);
+        for (int l = 0; l < kLanes; ++l) {
+            const Pair pair = exponentials(x[l], w[l], m, k);
             const Share part = share(pair.e_s, pair.e_t, pair.delta);
             z_s[l] += pair.e_s;
             z_t[l] += pair.e_t;
             b1[l] += part.b1;
             b2[l] += part.b2;
             if (hard != Hard::off) {
-                const float e = hard_exponential<hard>(pair.e_s, s[j + l], m.student);
+                const float e = hard_exponential<hard>(pair.e_s, x[l], m.student);
                 z_1[l] += e;
                 if (keep && hard == Hard::exponential) e_1[j + l] = e;
             }
@@ -143,25 +155,38 @@ FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict 
                 e_t[j + l] = pair.e_t;
             }
         }
-    });
+    };
+    int j = 0;
+    for (; j + kLanes <= n; j += kLanes) step(s + j, t + j, j);
+    if (j < n) step(Tail<Float32, kLanes>::of(s + j, n - j).x, Tail<Float32, kLanes>::of(t + j, n - j).x, j);
     return {total(z_s), total(z_t), total(b1), total(b2), total(z_1)};
 }
 
-template <Hard hard, class Dtype>
-FKD_CLONES void gradient_of(const float* s, const float* t, int n, GradientScales r, Scales k,
-                            typename Dtype::Bits* g, Ahead ahead) {
+template <Hard hard, class Dtype, class Teacher>
+FKD_CLONES void gradient_of(const typename Dtype::Bits* s, const typename Teacher::Bits* t, int n, GradientScales r,
+                            Scales k, typename Dtype::Bits* g, Ahead ahead) {
+    constexpr int lanes = kLanes * 4 / sizeof(*g);
     const float by_e_s = r.soft * r.per_z_s, by_e_t = r.soft * r.per_z_t;
-    in_lanes<kLanes * 4 / sizeof(typename Dtype::Bits)>(n, [&](int j, int width) FKD_INLINED {
-        fetch(ahead, j, width);
+    // (No __restrict: g may be s.)
+    const auto step = [&](const auto* x, const auto* w, auto* out, int j) FKD_INLINED {
+        fetch(ahead, j, lanes);
         FKD_SIMD
-        for (int l = 0; l < width; ++l) {
-            const Pair pair = exponentials(s[j + l], t[j + l], r.centre, k);
+        for (int l = 0; l < lanes; ++l) {
+            const float logit = Dtype::widened(x[l]);
+            const Pair pair = exponentials(logit, Teacher::widened(w[l]), r.centre, k);
             const float log_ratio = pair.delta - r.log_ratio;
             float y = probability_difference(pair.e_s * by_e_s, pair.e_t * by_e_t, log_ratio) + r.constant;
-            if (hard != Hard::off) y += r.hard * hard_exponential<hard>(pair.e_s, s[j + l], r.centre.student);
-            g[j + l] = Dtype::narrowed(y);
+            if (hard != Hard::off) y += r.hard * hard_exponential<hard>(pair.e_s, logit, r.centre.student);
+            out[l] = Dtype::narrowed(y);
         }
-    });
+    };
+    int j = 0;
+    for (; j + lanes <= n; j += lanes) step(s + j, t + j, g + j, j);
+    if (j < n) {
+        typename Dtype::Bits out[lanes];
+        step(Tail<Dtype, lanes>::of(s + j, n - j).x, Tail<Teacher, lanes>::of(t + j, n - j).x, out, j);
+        std::memcpy(g + j, out, sizeof(*g) * static_cast<size_t>(n - j));
+    }
 }
 
 template <Hard hard, class Dtype>
@@ -220,11 +245,17 @@ BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m,
     });
 }
 
-void block_gradient(Hard hard, const float* s, const float* t, int n, const GradientScales& r, const Scales& k,
-                    Output g, const Ahead& ahead) {
+void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r, const Scales& k, Output g,
+                    const Ahead& ahead) {
     with_hard(hard, [&](auto h) {
         with_dtype(g.dtype, [&](auto d) {
-            gradient_of<h.value, decltype(d)>(s, t, n, r, k, elements(g.data, d), ahead);
+            const auto* student = elements(s.data, d);
+            auto* gradient = elements(g.data, d);
+            if (t.dtype == s.dtype)
+                gradient_of<h.value, decltype(d), decltype(d)>(student, elements(t.data, d), n, r, k, gradient, ahead);
+            else
+                gradient_of<h.value, decltype(d), Float32>(student, elements(t.data, Float32()), n, r, k, gradient,
+                                                           ahead);
         });
     });
 }

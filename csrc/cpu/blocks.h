@@ -40,7 +40,11 @@ struct GradientScales {
     float at_label;  // the hard term's whole gradient at the label
 };
 
-// Where a gradient goes, rounded to its dtype (FkdDtype).
+// Logits in their dtype (FkdDtype), to be widened as they are read; and where a gradient goes, rounded to its dtype.
+struct Input {
+    const void* data;
+    int64_t dtype;
+};
 struct Output {
     void* data;
     int64_t dtype;
@@ -54,7 +58,8 @@ float block_entropy_sum(const float* t, int n, float teacher_max, const Scales& 
 float block_hard_sum(const float* s, int n, float student_max, float* e_1);  // e_1 may be null
 BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, const Kept* kept,
                      const Ahead& ahead);  // kept may be null
-void block_gradient(Hard hard, const float* s, const float* t, int n, const GradientScales& r, const Scales& k,
+// t has the dtype of s or is float32, and g the dtype of s.
+void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r, const Scales& k,
                     Output g, const Ahead& ahead);
 void block_hard_gradient(const float* s, int n, const GradientScales& r, Output g);
 void block_gradient_of_kept(Hard hard, const Kept& kept, int n, const KeptFactors& f, Output g);

@@ -43,6 +43,7 @@ class LogitsRow {
         return *read(column, 1, &buffer);
     }
 
+    Input input(int64_t begin) const { return {address(begin), dtype_}; }
     Output output(int64_t begin) const { return {address(begin), dtype_}; }
     char* address(int64_t begin) const { return data_ + begin * size_; }
 

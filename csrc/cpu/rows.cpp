@@ -72,11 +72,15 @@ class Verb {
                 const float* stat = stats + row * FKD_STATS;
                 const GradientScales r = gradient_scales(row, stat, grad_soft, grad_hard);
                 write_gradient(row, b, gradient, r, [&](Range at, Output g) {
-                    float buffers[2][kBlock];
-                    const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
-                    if (!loss_.soft) return block_hard_gradient(s, at.n, r, g);
-                    const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffers[1]);
-                    t = teacher_scaled(t, at.n, stat[FKD_TEACHER_MAX], buffers[1]);
+                    float buffer[kBlock];
+                    const LogitsRow student(student_, row), teacher(teacher_, row);
+                    if (!loss_.soft) return block_hard_gradient(student.read(at.begin, at.n, buffer), at.n, r, g);
+                    const Input s = student.input(at.begin);
+                    Input t = teacher.input(at.begin);
+                    if (t.dtype != s.dtype || scaled()) {
+                        const float* widened = teacher.read(at.begin, at.n, buffer);
+                        t = {teacher_scaled(widened, at.n, stat[FKD_TEACHER_MAX], buffer), FKD_FLOAT32};
+                    }
                     block_gradient(hard_, s, t, at.n, r, scales_, g, ahead(row, b, row, &gradient, nullptr));
                 });
             });
@@ -242,16 +246,21 @@ class Verb {
         }
         if (labelled(row)) {
             const int64_t label = targets_[row] - at.begin;
-            if (0 <= label && label < at.n) {
-                const int l = static_cast<int>(label);
-                piece.z_1 = static_cast<double>(block_hard_sum(s, l, centre.student, nullptr)) +
-                            block_hard_sum(s + l + 1, at.n - l - 1, centre.student, nullptr);
-            }
+            if (0 <= label && label < at.n)
+                piece.z_1 = without_label(s, at.n, static_cast<int>(label), centre.student, piece.z_1);
             if (loss_.label_smoothing > 0) piece.sum = block_sum(s, at.n);
         }
         piece.max_s = centre.student;
         if (!(max_s < INFINITY)) piece.z_s = piece.z_1 = NAN;
         w.pieces[static_cast<size_t>(b)] = piece;
+    }
+
+    // A block's sum of exp(s - max) without its label's. Where the label has most of it, subtracting would lose the rest.
+    double without_label(const float* s, int n, int label, float student_max, double sum) const {
+        const float own = hard_exponential<Hard::exponential>(0, s[label], student_max);
+        if (own < sum / 2) return sum - own;
+        return static_cast<double>(block_hard_sum(s, label, student_max, nullptr)) +
+               block_hard_sum(s + label + 1, n - label - 1, student_max, nullptr);
     }
 
     void finish(int64_t row, const Workspace& w, float* soft, float* hard, float* stats) const {
