@@ -130,10 +130,10 @@ def compiled(
         "teacher": f"*{teacher}",
         "targets": "*i64",
     }
-    types |= dict.fromkeys(("soft", "hard", "stats", "parts", "grad_soft", "grad_hard"), "*fp32")
+    types |= dict.fromkeys(("soft", "hard", "stats", "parts", "coef_soft", "coef_hard"), "*fp32")
     types |= dict.fromkeys(("student_layout", "teacher_layout", "out_layout"), ("i32",))
     types |= dict.fromkeys(("vocabulary", "width", "sections"), "i32")
-    types |= dict.fromkeys(("k", "teacher_factor", "unit", "smoothing"), "fp32")
+    types |= dict.fromkeys(("k", "k_t", "unit", "smoothing"), "fp32")
     signature = {key: "constexpr" if key in constants else types[key] for key in kernel.arg_names}
     # As for contiguous logits: pointers, rows and the vocabulary are multiples of 16.
     attributes = {

@@ -97,6 +97,11 @@ def _warp(device: torch.device) -> int:
     return 32 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).warp_size)
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 0 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def rows_forward(
     student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,8 +113,8 @@ def rows_forward(
     launch, sections = _launch(student, teacher)
     kernels, scalars, switches = _kernels(), *_mathematics(options)
     parts = student.new_empty((rows, sections, kernels.PARTS.value) if sections > 1 else 0, dtype=torch.float32)
-    values = (scalars.k, scalars.teacher_factor, scalars.smoothing)
-    forward = {"ENTROPY": options.soft and options.divergence == "cross_entropy", **switches}
+    values = (scalars.k, scalars.k_t, scalars.smoothing)
+    switches["ENTROPY"] = _entropy(options)
     with _on(student.device):
         kernels.forward[(rows * sections,)](
             student,
@@ -125,12 +130,12 @@ def rows_forward(
             vocabulary(student, teacher),
             sections,
             *values,
-            **forward,
+            **switches,
             **shape_of(launch),
             WHOLE=sections == 1,
         )
         if sections > 1:
-            del forward["TEMPERED"]
+            del switches["TEMPERED"]
             kernels.finish[(rows,)](
                 student,
                 targets,
@@ -142,10 +147,8 @@ def rows_forward(
                 targets.stride(0),
                 vocabulary(student, teacher),
                 sections,
-                scalars.k,
-                scalars.smoothing,
-                **forward,
-                SECTIONS=1 << (sections - 1).bit_length(),
+                *values,
+                **switches,
                 num_warps=1,
             )
     return soft, hard, stats
@@ -165,9 +168,7 @@ def rows_backward(
     if rows == 0:
         return
     launch, sections = _launch(student, teacher)
-    scalars, switches = _mathematics(options)
-    if vocabulary(student, teacher) == 1:
-        scalars = scalars._replace(unit=0.0)  # both probabilities are 1, whatever the last bit says
+    scalars, switches = _mathematics(options, vocabulary(student, teacher))
     with _on(student.device):
         _kernels().backward[(rows * sections,)](
             student,
@@ -201,33 +202,73 @@ def rows_fused(
     options: RowOptions,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    soft, hard, stats = rows_forward(student, teacher, targets, options)
-    rows_backward(student, teacher, targets, stats, coef_soft, coef_hard, options, out)
+    launch, sections = _launch(student, teacher)
+    rows = targets.numel()
+    # One program has a row here: too few of them leave the device idle, and the others' bits are the same.
+    if rows < _multiprocessors(student.device):
+        soft, hard, stats = rows_forward(student, teacher, targets, options)
+        rows_backward(student, teacher, targets, stats, coef_soft, coef_hard, options, out)
+        return soft, hard
+    check_targets(student, teacher, targets)
+    soft, hard = (student.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    scalars, switches = _mathematics(options, vocabulary(student, teacher))
+    with _on(student.device):
+        _kernels().fused[(rows,)](
+            student,
+            teacher,
+            targets,
+            soft,
+            hard,
+            coef_soft,
+            coef_hard,
+            out,
+            _layout(student),
+            _layout(teacher),
+            _layout(out),
+            targets.stride(0),
+            coef_soft.stride(0),
+            coef_hard.stride(0),
+            vocabulary(student, teacher),
+            out.shape[-1],
+            sections,
+            *scalars,
+            **switches,
+            ENTROPY=_entropy(options),
+            **shape_of(launch),
+            WHOLE=sections == 1,
+        )
     return soft, hard
 
 
 class Scalars(NamedTuple):
-    """What the kernels know of temperatures. `k` and the switches are explained in `triton_kernels.py`."""
+    """What the kernels know of temperatures. `k`, `k_t` and the switches are explained in `triton_math.py`."""
 
     k: float
-    teacher_factor: float
+    k_t: float
     unit: float
     smoothing: float
 
 
-def _mathematics(options: RowOptions) -> tuple[Scalars, dict[str, Any]]:
+def _mathematics(options: RowOptions, columns: int = 0) -> tuple[Scalars, dict[str, Any]]:
     # Without the soft term there is one temperature: that of the hard term, 1.
     temperature = options.temperature if options.soft else 1.0
-    factor = options.temperature / options.teacher_temperature
+    teacher_temperature = options.teacher_temperature if options.soft else 1.0
     root, power = _POWERS.get(temperature, (1, 0)) if options.hard else (1, 1)
-    return Scalars(math.log2(math.e) / temperature, factor, 1 / temperature, options.label_smoothing), {
+    # In one column both probabilities are 1, whatever the last bit says.
+    unit = 0.0 if columns == 1 else 1 / temperature
+    log2e = math.log2(math.e)
+    return Scalars(log2e / temperature, log2e / teacher_temperature, unit, options.label_smoothing), {
         "SOFT": options.soft,
         "HARD": options.hard,
         "SMOOTHED": options.hard and options.label_smoothing > 0,
-        "TEMPERED": factor != 1,
+        "TEMPERED": teacher_temperature != temperature,
         "ROOT": root,
         "POWER": power,
     }
+
+
+def _entropy(options: RowOptions) -> bool:
+    return options.soft and options.divergence == "cross_entropy"
 
 
 def _launch(student: Tensor, teacher: Tensor) -> tuple[Launch, int]:

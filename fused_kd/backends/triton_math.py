@@ -1,0 +1,364 @@
+"""The mathematics of a row for the Triton kernels: what csrc/row_math.h is to the native ones.
+
+The sums are those of docs/design.md, with three differences that a GPU asks for.
+
+Lanes. A tile of a row is viewed as [LANES, n]: every thread is a lane and keeps a part of its own, measured from its
+own maxima. Nothing crosses lanes until a section of the row has been read.
+
+The log2 scale. Exponentials are powers of 2, and delta is on that scale too. `reference(x, k)` is x k on a grid of
+2^-12, on which differences are exact:
+
+    e_s = 2^(s k - S)     e_t = 2^(t k_t - T)     S, T: references of the points measured from     k = log2(e) / tau
+    delta = (s k - t k_t) - (S - T),  so e_s = e_t 2^delta
+    B1 = sum e_t delta    B2 = sum e_t phi(delta),   phi(delta) = 2^delta - 1 - delta ln 2 >= 0
+
+Powers. At some temperatures exp(s / tau) = u^ROOT and exp(s) = u^POWER; POWER = 0 where they are not.
+
+A part is what has been read of a row by one lane, by one program or by all; scalars, or one number a lane:
+
+    point_s, point_t  what the rest is measured from: a lane's maxima
+    z_s, z_t, b1, b2  the soft term
+    h                 sum of e_t log2(e_t), for the teacher's entropy
+    z_1               sum of exp(s) over the columns other than the label
+    total             sum of s, for label smoothing
+"""
+
+import triton
+import triton.language as tl
+
+PARTS = tl.constexpr(9)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# The maximum of nothing, finite on every scale. A counted row with no logit above it is one of -inf.
+LOWEST = tl.constexpr(-1e28)
+# 1.5 * 2^11: a float32 near it is a multiple of 2^-12.
+ROUND = tl.constexpr(3072.0)
+# Below this |delta|, 2^delta - 1 is a polynomial; above it, a difference of exponentials.
+SMALL = tl.constexpr(0.18)
+# How far above its point, on the log2 scale, a logit may lie.
+REACH = tl.constexpr(60.0)
+
+
+@triton.jit
+def reference(x, k):
+    return tl.fma(x, k, ROUND) - ROUND
+
+
+@triton.jit
+def power(u, EXPONENT: tl.constexpr):
+    """u^1 to u^4."""
+    result = u
+    if EXPONENT >= 2:
+        result = u * u
+    if EXPONENT == 3:
+        result *= u
+    if EXPONENT == 4:
+        result *= result
+    return result
+
+
+@triton.jit
+def student_reference(point_s, k, ROOT: tl.constexpr):
+    return ROOT * reference(point_s, k / ROOT)
+
+
+@triton.jit
+def student_exponentials(s, point_s, k, ROOT: tl.constexpr, POWER: tl.constexpr):
+    """exp(s / tau) and exp(s)."""
+    u = tl.exp2(tl.fma(s, k / ROOT, -reference(point_s, k / ROOT)))
+    e_s = power(u, ROOT)
+    e_1 = power(u, POWER) if POWER else tl.exp2(hard_exponent(s, point_s, k, ROOT, POWER))
+    return e_s, e_1
+
+
+@triton.jit
+def hard_exponent(s, point_s, k, ROOT: tl.constexpr, POWER: tl.constexpr):
+    """log2 of exp(s), from where `student_exponentials` measures it."""
+    if POWER:
+        exponent = POWER * tl.fma(s, k / ROOT, -reference(point_s, k / ROOT))
+    else:
+        exponent = tl.fma(s, LOG2E, -reference(point_s, LOG2E))
+    return exponent
+
+
+@triton.jit
+def teacher_exponent(t, point_t, k_t):
+    return tl.fma(t, k_t, -reference(point_t, k_t))
+
+
+@triton.jit
+def phi_over_square(d, TERMS: tl.constexpr):
+    """(2^d - 1 - d ln 2) / d^2 for |d| < SMALL: minimax, to 7e-4, 9e-6, 9e-8 with 2, 3, 4 terms."""
+    if TERMS == 2:
+        value = tl.fma(d, 0.055536519, 0.24038238)
+    elif TERMS == 3:
+        value = tl.fma(d, tl.fma(d, 0.0096231212, 0.055536519), 0.24022649)
+    else:
+        value = tl.fma(d, tl.fma(d, tl.fma(d, 0.0013339737, 0.0096231212), 0.055504104), 0.24022649)
+    return value
+
+
+@triton.jit
+def log1p_less(x):
+    """log(1 + x) - x for |x| <= 1/2, without cancellation: log(1 + x) = 2 atanh(z) and 2 z - x = -x z."""
+    z = x / (2 + x)
+    y = z * z
+    series = 0.33333333 + y * (0.2 + y * (0.14285714 + y * (0.11111111 + y * (0.090909091 + y * 0.076923077))))
+    return 2 * z * y * series - x * z
+
+
+@triton.jit
+def nothing(like):
+    """The part of a row of which nothing was read, in the shape of `like`."""
+    zero = like * 0.0
+    return (zero + LOWEST, zero + LOWEST, zero, zero, zero, zero, zero, zero, zero)
+
+
+@triton.jit
+def moved(part, point_s, point_t, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+    """The part, measured from other points: none so far below its own that an exponential overflows."""
+    own_s, own_t, z_s, z_t, b1, b2, h, z_1, total = part
+    down_root = reference(own_s, k / ROOT) - reference(point_s, k / ROOT)
+    down_1 = POWER * down_root if POWER else reference(own_s, LOG2E) - reference(point_s, LOG2E)
+    z_1 *= tl.exp2(down_1)
+    if SOFT:
+        down_s = ROOT * down_root
+        down_t = reference(own_t, k_t) - reference(point_t, k_t)
+        by_s = tl.exp2(down_s)
+        by_t = tl.exp2(down_t)
+        d = down_s - down_t  # delta grows by it
+        bend = by_t * (d * d * phi_over_square(d, 4))
+        near = tl.abs(d) < SMALL
+        growth = tl.where(near, tl.fma(by_t * d, LN2, bend), by_s - by_t)  # by_t (2^d - 1)
+        bend = tl.where(near, bend, tl.fma(by_t * d, -LN2, growth))  # by_t phi(d)
+        b2 = tl.fma(bend, z_t, tl.fma(growth, b1 * LN2, by_s * b2))
+        b1 = tl.where(by_t > 0, by_t * tl.fma(d, z_t, b1), 0.0)  # b1 may be -inf
+        h = by_t * tl.fma(down_t, z_t, h)
+        z_s *= by_s
+        z_t *= by_t
+    return (point_s, point_t, z_s, z_t, b1, b2, h, z_1, total)
+
+
+@triton.jit
+def extended(
+    part,
+    s,
+    t,
+    columns,
+    vocabulary,
+    label,
+    k,
+    k_t,
+    SOFT: tl.constexpr,
+    HARD: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    ROOT: tl.constexpr,
+    POWER: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """The lanes' parts with one more tile. An EDGE tile may hold the label, and -inf where it reaches past the row."""
+    max_s = tl.maximum(part[0], tl.max(s, 1))
+    max_t = tl.maximum(part[1], tl.max(t, 1)) if SOFT else part[1]
+    _, _, z_s, z_t, b1, b2, h, z_1, total = moved(part, max_s, max_t, k, k_t, SOFT, ROOT, POWER)
+    e_s, e_1 = student_exponentials(s, max_s[:, None], k, ROOT, POWER)
+    if SOFT:
+        x_t = teacher_exponent(t, max_t[:, None], k_t)
+        e_t = tl.exp2(x_t)
+        reference_s = student_reference(max_s, k, ROOT)
+        if TEMPERED:
+            delta = tl.fma(s, k, -reference_s[:, None]) - x_t
+        else:
+            # s - t first: it is exact where the two are close, and that is where delta has to be.
+            delta = tl.fma(s - t, k, (reference(max_t, k_t) - reference_s)[:, None])
+        first = tl.where(e_t > 0, e_t * delta, 0.0)  # 0 log 0 = 0; -inf student: -inf
+        near = first * (delta * phi_over_square(delta, 3))
+        z_s += tl.sum(e_s, 1)
+        z_t += tl.sum(e_t, 1)
+        b1 += tl.sum(first, 1)
+        b2 += tl.sum(tl.where(tl.abs(delta) < SMALL, near, e_s - tl.fma(first, LN2, e_t)), 1)
+        if ENTROPY:
+            h += tl.sum(tl.where(e_t > 0, e_t * x_t, 0.0), 1)
+    if HARD:
+        z_1 += tl.sum(tl.where(columns == label, 0.0, e_1) if EDGE else e_1, 1)
+        if SMOOTHED:
+            total += tl.sum(tl.where(columns < vocabulary, s, 0.0) if EDGE else s, 1)
+    return (max_s, max_t, z_s, z_t, b1, b2, h, z_1, total)
+
+
+@triton.jit
+def merged(part, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+    """One part of many.
+
+    It is measured from where the mean of delta under p is 0: there B1 vanishes, and a student's logit that sticks out
+    does not matter. Where that is out of reach, from the maxima.
+    """
+    point_s, point_t = tl.max(part[0], 0), tl.max(part[1], 0)
+    if SOFT:
+        own_s, own_t, _, z_t, b1, _, _, _, _ = part
+        down_t = reference(own_t, k_t) - reference(point_t, k_t)
+        apart = student_reference(own_s, k, ROOT) - student_reference(point_s, k, ROOT) - down_t
+        by_t = tl.exp2(down_t)
+        mass = tl.sum(by_t * z_t, 0)
+        sum_of_delta = tl.sum(tl.where(by_t * z_t > 0, by_t * tl.fma(apart, z_t, b1), 0.0), 0)
+        step = sum_of_delta / mass / k  # NaN for a teacher's row of -inf
+        near = tl.abs(step) * tl.maximum(k, LOG2E) <= REACH
+        point_s = tl.where(near, point_s + step, point_s)
+    _, _, z_s, z_t, b1, b2, h, z_1, total = moved(part, point_s, point_t, k, k_t, SOFT, ROOT, POWER)
+    if SOFT:
+        z_s, z_t, h, b1, b2 = tl.sum(z_s, 0), tl.sum(z_t, 0), tl.sum(h, 0), tl.sum(b1, 0), tl.sum(b2, 0)
+    else:
+        z_s, z_t, h, b1, b2 = 0.0, 0.0, 0.0, 0.0, 0.0
+    return (point_s, point_t, z_s, z_t, b1, b2, h, tl.sum(z_1, 0), tl.sum(total, 0))
+
+
+@triton.jit
+def joined(a, b, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+    """One part of two."""
+    both = (
+        tl.join(a[0], b[0]),
+        tl.join(a[1], b[1]),
+        tl.join(a[2], b[2]),
+        tl.join(a[3], b[3]),
+        tl.join(a[4], b[4]),
+        tl.join(a[5], b[5]),
+        tl.join(a[6], b[6]),
+        tl.join(a[7], b[7]),
+        tl.join(a[8], b[8]),
+    )
+    return merged(both, k, k_t, SOFT, ROOT, POWER)
+
+
+@triton.jit
+def off_grid(point_s, point_t, k, k_t, ROOT: tl.constexpr):
+    """log2 of the exponentials at the points themselves: what the grid leaves over."""
+    return ROOT * tl.fma(point_s, k / ROOT, -reference(point_s, k / ROOT)), teacher_exponent(point_t, point_t, k_t)
+
+
+@triton.jit
+def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, ROOT: tl.constexpr):
+    """The soft term; and what stats have of it: both sums, measured from the points, and the log of their ratio."""
+    point_s, point_t, z_s, z_t, b1, b2, h, _, _ = part
+    b1 *= LN2
+    x = (b1 + b2) / z_t
+    second = b2 / z_t
+    less = log1p_less(x)
+    near = tl.abs(x) < 0.5
+
+    rest_s, rest_t = off_grid(point_s, point_t, k, k_t, ROOT)
+    student_sum = z_s / tl.exp2(rest_s)
+    teacher_sum = z_t / tl.exp2(rest_t)
+    gap = (rest_s - rest_t) * LN2
+    log_ratio = tl.where(near, x + less - gap, tl.log2(student_sum / teacher_sum) * LN2)
+
+    # Close to the teacher, B2 carries the value; far from it, B2 is large and B1 does.
+    soft = tl.where(near & (second < 0.5), less + second, log_ratio + gap - b1 / z_t)
+    soft = tl.where(soft < 0, 0.0, soft)
+    if ENTROPY:
+        soft += (tl.log2(z_t) - h / z_t) * LN2
+    whole = (z_s != 0) & (z_t != 0)  # else a row of -inf
+    return tl.where(whole, soft, float("nan")), student_sum, teacher_sum, log_ratio
+
+
+@triton.jit
+def finished_hard(
+    part, logit, vocabulary, smoothing, k, SMOOTHED: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr
+):
+    """-log softmax(s)[label] and 1 - softmax(s)[label], from the other columns' sum, so that a sure and right student
+    keeps its digits; and the sum over all columns, measured from the point."""
+    point_s, z_1, total = part[0], part[7], part[8]
+    exponent = hard_exponent(logit, point_s, k, ROOT, POWER)
+    own = tl.exp2(exponent)
+    ratio = z_1 / own
+    hard_sum = z_1 + own
+    hard = tl.where(ratio < 0.5, ratio + log1p_less(ratio), (tl.log2(hard_sum) - exponent) * LN2)
+    if SMOOTHED:
+        hard += smoothing * (logit - total / vocabulary)
+    at_point = tl.exp2(hard_exponent(point_s, point_s, k, ROOT, POWER))
+    return tl.where(hard_sum != 0, hard, float("nan")), hard_sum / at_point, z_1 / hard_sum
+
+
+@triton.jit
+def gradient_scales(
+    stats,
+    target,
+    coef_soft,
+    coef_hard,
+    vocabulary,
+    k,
+    k_t,
+    unit,
+    smoothing,
+    SOFT: tl.constexpr,
+    HARD: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    ROOT: tl.constexpr,
+    POWER: tl.constexpr,
+):
+    """Of gradient = by_s e_s - by_t e_t + by_1 e_1 + constant; at the label, at_label in the place of by_1 e_1."""
+    point_s, point_t, student_sum, teacher_sum, own, hard_sum, miss = stats
+    by_s, by_t, log_ratio, rest = 0.0, 0.0, 0.0, 0.0
+    if SOFT:
+        scale = coef_soft * unit
+        rest_s, rest_t = off_grid(point_s, point_t, k, k_t, ROOT)
+        by_s = scale / (student_sum * tl.exp2(rest_s))
+        by_t = scale / (teacher_sum * tl.exp2(rest_t))
+        own *= LOG2E
+        if TEMPERED:
+            log_ratio = own + rest_s - rest_t
+        else:
+            # log2(q / p) is (s - t) k less a number that float32 cannot hold well enough: log_ratio, and a rest.
+            log_ratio = tl.fma(point_s - point_t, k, own)
+            rest = (tl.fma(point_s - point_t, k, -log_ratio) + own) * -LN2
+    by_1, constant, at_label = 0.0, 0.0, 0.0
+    if HARD:
+        if target >= 0:
+            by_1 = coef_hard / (hard_sum * tl.exp2(hard_exponent(point_s, point_s, k, ROOT, POWER)))
+            # softmax(s)[label] - 1 would lose what a sure student has left to learn.
+            at_label = -coef_hard * miss
+            if SMOOTHED:
+                at_label += coef_hard * smoothing
+                constant = -coef_hard * smoothing / vocabulary
+    return point_s, point_t, by_s, by_t, log_ratio, rest, by_1, constant, at_label
+
+
+@triton.jit
+def gradient(
+    s,
+    t,
+    columns,
+    label,
+    scales,
+    k,
+    k_t,
+    SOFT: tl.constexpr,
+    HARD: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    ROOT: tl.constexpr,
+    POWER: tl.constexpr,
+    TERMS: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """TERMS: of phi; two are ten times better than a 16-bit gradient."""
+    point_s, point_t, by_s, by_t, log_ratio, rest, by_1, constant, at_label = scales
+    e_s, e_1 = student_exponentials(s, point_s, k, ROOT, POWER)
+    g = tl.zeros_like(s)
+    if SOFT:
+        x_t = teacher_exponent(t, point_t, k_t)
+        p = by_t * tl.exp2(x_t)
+        # log2(q / p), but for the rest; where it is small the difference of the two has lost its digits.
+        if TEMPERED:
+            d = tl.fma(s, k, -student_reference(point_s, k, ROOT)) - x_t - log_ratio
+        else:
+            d = tl.fma(s - t, k, -log_ratio)
+        near = p * tl.fma(d, tl.fma(d, phi_over_square(d, TERMS), LN2), rest)
+        g = tl.where(tl.abs(d) < SMALL, near, by_s * e_s - p)
+    if HARD:
+        g += tl.where(columns == label, at_label, by_1 * e_1) if EDGE else by_1 * e_1
+        if SMOOTHED:
+            g += constant
+    return g
