@@ -28,6 +28,7 @@ from fused_kd.backends.triton import launch_for, shape_of
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 EXPONENTIALS = ("MUFU.EX2", "v_exp_f32")
+STORES = ("STG", "global_store", "buffer_store")
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -70,7 +71,7 @@ GPUS = (
 
 # Variants by name: the kernel, and its switches.
 _BOTH = {"SOFT": True, "HARD": True, "ENTROPY": False, "SMOOTHED": False, "TEMPERED": False, "ROOT": 1, "POWER": 0}
-_SWITCHES: dict[str, dict[str, Any]] = {
+SWITCHES: dict[str, dict[str, Any]] = {
     "any tau": _BOTH,
     "tau = 2": {**_BOTH, "POWER": 2},
     "tau = 1.5": {**_BOTH, "ROOT": 2, "POWER": 3},
@@ -80,8 +81,8 @@ _SWITCHES: dict[str, dict[str, Any]] = {
 }
 VARIANTS = {
     f"{kernel}, {name}": (kernel, switches)
-    for kernel in ("forward", "backward")
-    for name, switches in _SWITCHES.items()
+    for kernel in ("forward", "backward", "fused")
+    for name, switches in SWITCHES.items()
 }
 
 
@@ -144,6 +145,9 @@ def compiled(
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=target, options=options)
     code = _read_amd(result.asm["amdgcn"]) if target.backend == "hip" else _read_cubin(result.asm["cubin"])
+    if name == "fused":  # reads a row in one loop, and writes its gradient in another
+        writing = next(loop for loop in code.loops if any(op.startswith(STORES) for op in loop))
+        code.loops[0] = code.loops[0] + writing
     code.pairs = shape["GROUPS"] * shape["VECTOR"] * shape["LANES"] // (options["num_warps"] * target.warp_size)
     return code
 
@@ -206,8 +210,9 @@ def bound(code: Code, gpu: Gpu, bytes_per_pair: int) -> float:
 
 
 def bytes_per_pair(variant: str, dtype: str) -> int:
+    """What moves to and from memory; the fused verb's second look at a row is taken to find it in the cache."""
     read = 1 if "hard term" in variant else 2
-    return ITEMSIZE[dtype] * (read + variant.startswith("backward"))
+    return ITEMSIZE[dtype] * (read + (not variant.startswith("forward")))
 
 
 def main() -> None:

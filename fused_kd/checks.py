@@ -100,7 +100,8 @@ def check_inplace(student: Tensor, teacher: Tensor) -> None:
             "inplace=True needs student_logits that a model computed, got a leaf tensor (or a view of one), whose "
             "storage is its owner's; use inplace=False"
         )
-    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+    memory = student.untyped_storage().data_ptr()
+    if memory != 0 and memory == teacher.untyped_storage().data_ptr():
         raise ValueError(
             "inplace=True would overwrite teacher_logits, which share the student's storage; use inplace=False"
         )

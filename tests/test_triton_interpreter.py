@@ -101,6 +101,21 @@ def test_a_nearly_converged_student(temperature: float, offset: float) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("temperature", [20.0, 100.0])
+def test_a_logit_that_sticks_out(temperature: float) -> None:
+    student, teacher = make_logits("close", 1, LONG)
+    student[0, 777] = teacher.max() + 20
+    check(student, teacher, None, alpha=1.0, temperature=temperature, backend="triton", relative=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("teacher_temperature", [1.0, 2.0])
+def test_a_teacher_temperature_costs_large_logits_no_digits(teacher_temperature: float) -> None:
+    student, teacher = make_logits("big", 2, V)
+    check(student, teacher, None, alpha=1.0, temperature=3.0, teacher_temperature=teacher_temperature, backend="triton")
+
+
+@interpreted
 @pytest.mark.parametrize("student_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
 def test_mixed_dtypes(student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:

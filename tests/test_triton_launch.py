@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fused_kd import KDLossOutput, autograd, fused_kd_loss
 from fused_kd.backends import PREFERENCE
 from fused_kd.backends.rows import RowOptions
 from fused_kd.backends.triton import Launch, launch_for
@@ -23,6 +24,7 @@ def test_the_package_imports_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch, fused_kd
+from fused_kd import KDLossOutput, autograd, fused_kd_loss
 from fused_kd.backends import PREFERENCE
 assert "not installed" in PREFERENCE["triton"].unavailable()
 fused_kd.fused_kd_loss(torch.zeros(1, 2), torch.zeros(1, 2), alpha=1.0)
@@ -57,45 +59,150 @@ def test_the_launch_table(columns: int, itemsize: int, warp: int) -> None:
 
 
 def test_sections_do_not_depend_on_rows_or_alignment() -> None:
-    assert launch_for(151936, 2, 32) == Launch(2, 128, 8, 4, 1, 16384)
+    assert launch_for(151936, 2, 32) == Launch(2, 256, 8, 8, 1, 16384)
 
 
-class Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+class Watched(RuntimeError):
+    """Something that a GPU would have to wait for, or a copy of the logits."""
+
+
+class Watch(TorchDispatchMode):
+    """Refuses what reads a tensor on the host, and counts new tensors as large as the logits."""
+
+    WAITS = ("_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero", "masked_select")
+
+    def __init__(self, large: int) -> None:
         super().__init__()
-        self.operators: list[str] = []
+        self.large = large
+        self.allocated: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operators.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        target = (kwargs or {}).get("device")
+        if name in self.WAITS or (name == "_to_copy" and target is not None and torch.device(target).type == "cpu"):
+            raise Watched(name)
+        results = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            new = isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in given
+            if new and result.untyped_storage().nbytes() // result.element_size() >= self.large:
+                self.allocated.append(name)
+        return results
 
 
-@pytest.mark.parametrize("columns", [1000, 40000])
-def test_a_launch_allocates_its_results_and_does_nothing_else(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No .item(), no copy, no .contiguous(), no comparison: kernels are launched, and the host goes on."""
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The Triton backend with meta tensors in the GPU's place: its kernels are only named, in the order of launches."""
     backend: Any = PREFERENCE["triton"]
-    launched: list[str] = []
+    names: list[str] = []
 
     class Kernel:
         def __init__(self, name: str) -> None:
             self.name = name
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **kwargs: launched.append(self.name)
+            return lambda *args, **kwargs: names.append(self.name)
 
-    names = ("forward", "finish", "backward")
-    kernels = SimpleNamespace(**{name: Kernel(name) for name in names}, PARTS=SimpleNamespace(value=10))
-    monkeypatch.setattr(backend, "_kernels", lambda: kernels)
-    monkeypatch.setattr(backend, "check_targets", lambda *_: None)  # on the CPU alone it looks
-    wide = torch.zeros(3, 2, 2 * columns)
+    kernels = {name: Kernel(name) for name in ("forward", "finish", "backward", "fused")}
+    monkeypatch.setattr(backend, "_kernels", lambda: SimpleNamespace(**kernels, PARTS=SimpleNamespace(value=9)))
+    monkeypatch.setattr(backend, "_warp", lambda device: 32)
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: 8)
+    monkeypatch.setattr(backend, "refuses", lambda student, teacher: None)
+    monkeypatch.setattr(autograd, "_eager", lambda student, teacher: True)  # the mode that watches would prevent it
+    return names
+
+
+def meta_logits(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("columns", [1000, 40000])
+def test_a_launch_allocates_its_results_and_does_nothing_else(columns: int, launched: list[str]) -> None:
+    backend = PREFERENCE["triton"]
+    wide = meta_logits(3, 2, 2 * columns)
     student, teacher = wide[..., :columns], wide[..., columns:]
-    targets, grad = torch.zeros(6, dtype=torch.int64), torch.ones(()).expand(6)
-    out = torch.empty(3, 2, columns)
-    with Recorder() as recorder:
+    targets, grad = torch.zeros(6, dtype=torch.int64, device="meta"), torch.ones((), device="meta").expand(6)
+    out = meta_logits(3, 2, columns)
+    many = torch.zeros(10, dtype=torch.int64, device="meta")
+    rows, rows_out = meta_logits(10, columns), meta_logits(10, columns)
+    with Watch(columns) as watch:
         _, _, stats = backend.rows_forward(student, teacher, targets, OPTIONS)
         backend.rows_backward(student, teacher, targets, stats, grad, grad, OPTIONS, out)
         backend.rows_backward(student, teacher, targets, stats, grad, grad, OPTIONS, student)
-        backend.rows_fused(student, teacher, targets, grad, grad, OPTIONS, out)
-    assert set(recorder.operators) == {"new_empty"}
+        backend.rows_fused(student, teacher, targets, grad, grad, OPTIONS, out)  # too few rows for one program each
+        backend.rows_fused(rows, rows, many, grad[:1].expand(10), grad[:1].expand(10), OPTIONS, rows_out)
+    assert watch.allocated == []
     forward = ["forward"] if columns < 16384 else ["forward", "finish"]
-    assert launched == [*forward, "backward", "backward", *forward, "backward"]
+    assert launched == [*forward, "backward", "backward", *forward, "backward", "fused"]
+
+
+LOSSES: list[dict[str, Any]] = [
+    {},
+    {"shift": True},
+    {"weights": True, "soft_on_ignored": True, "temperature": 3.0},
+    {"weights": True, "num_items": True},
+    {"num_items": 7.0, "return_parts": True},
+    {"reduction": "sum", "label_smoothing": 0.1},
+    {"reduction": "batchmean", "divergence": "cross_entropy"},
+    {"reduction": "none", "teacher_temperature": 1.0},
+    {"alpha": 1.0, "labels": None},
+    {"alpha": 0.0},
+    {"vocab_mismatch": "truncate", "teacher_columns": 900},
+    {"teacher_dtype": torch.float16},
+    {"strided": True},
+    {"inplace": True},
+]
+
+
+@pytest.mark.parametrize("options", LOSSES, ids=str)
+def test_the_loss_waits_for_nothing_and_copies_nothing(options: dict[str, Any], launched: list[str]) -> None:
+    options = dict(options)
+    batch, positions, columns = 3, 5, 1000
+    base = meta_logits(batch, positions, columns, dtype=torch.bfloat16).requires_grad_()
+    student = base * 1
+    teacher = meta_logits(
+        batch, positions, options.pop("teacher_columns", columns), dtype=options.pop("teacher_dtype", torch.bfloat16)
+    )
+    labels = torch.zeros(batch, positions, dtype=torch.int64, device="meta")
+    if options.pop("strided", False):
+        student, teacher, labels = student[:, :-1], teacher[:, 1:], labels[:, 1:]
+    if options.pop("weights", False):
+        options["weights"] = torch.empty(batch, positions, device="meta")
+    if options.get("num_items") is True:
+        options["num_items"] = torch.empty((), device="meta")
+    labels = options.pop("labels", labels)
+    inplace = options.get("inplace", False)
+    with Watch(positions * columns) as watch:
+        loss = fused_kd_loss(student, teacher, labels, backend="triton", **options)
+        loss = loss.loss if isinstance(loss, KDLossOutput) else loss
+        assert watch.allocated == []
+        (gradient,) = torch.autograd.grad(loss, student, torch.ones_like(loss))
+    assert watch.allocated == ([] if inplace else ["new_empty"])
+    assert gradient.shape == student.shape
+    assert launched == (["forward"] if inplace else ["forward", "backward"])  # inplace: PyTorch calls the fake operator
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: torch.equal(x, x),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.to(device="cpu", dtype=torch.float64),
+    ],
+)
+def test_the_watch_refuses_what_waits(act: Any) -> None:
+    with pytest.raises((Watched, NotImplementedError)), Watch(10):  # PyTorch itself refuses some of it for meta tensors
+        act(meta_logits(4, 5))
+
+
+@pytest.mark.parametrize(
+    "act", [lambda x: x.t().contiguous(), lambda x: x.clone(), lambda x: x.float(), lambda x: x * 2]
+)
+def test_the_watch_sees_copies(act: Any) -> None:
+    logits = meta_logits(4, 5, dtype=torch.bfloat16)
+    with Watch(20) as watch:
+        act(logits)
+    assert len(watch.allocated) == 1

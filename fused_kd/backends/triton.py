@@ -47,7 +47,7 @@ _TABLE = (
     (512, (32, 8, 512)),
     (1024, (64, 16, 1024)),
     (16384, (128, 16, 16384)),
-    (_MAX_COLUMNS, (128, 16, 16384)),
+    (_MAX_COLUMNS, (256, 16, 16384)),
 )
 _VECTOR_BYTES = 16
 
@@ -135,7 +135,6 @@ def rows_forward(
             WHOLE=sections == 1,
         )
         if sections > 1:
-            del switches["TEMPERED"]
             kernels.finish[(rows,)](
                 student,
                 targets,

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from fused_kd.backends import rows
 from fused_kd.backends.triton_math import (
-    LOWEST,
     PARTS,
     extended,
     finished_hard,
@@ -187,6 +186,7 @@ def finish_row(
     HARD: tl.constexpr,
     ENTROPY: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    TEMPERED: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
 ):
@@ -195,7 +195,7 @@ def finish_row(
     soft_value, student_sum, teacher_sum, log_ratio = zero, zero, zero, zero
     hard_value, hard_sum, miss = zero, zero, zero
     if SOFT:
-        soft_value, student_sum, teacher_sum, log_ratio = finished_soft(part, k, k_t, ENTROPY, ROOT)
+        soft_value, student_sum, teacher_sum, log_ratio = finished_soft(part, k, k_t, ENTROPY, TEMPERED, ROOT)
     if HARD:
         if target >= 0:
             logit = tl.load(student + target).to(tl.float32)
@@ -207,9 +207,11 @@ def finish_row(
 
 @triton.jit
 def finish_unread_row(row, target, soft, hard):
+    """The same for a row without a term."""
     value = unread_value(target)
     tl.store(soft + row, value)
     tl.store(hard + row, value)
+    return value, value, value, value, value, value, value
 
 
 @triton.jit
@@ -262,13 +264,13 @@ def forward(
         if WHOLE:
             values = finish_row(
                 part, student, row, target, vocabulary, k, k_t, smoothing, soft, hard,
-                SOFT, HARD, ENTROPY, SMOOTHED, ROOT, POWER,
+                SOFT, HARD, ENTROPY, SMOOTHED, TEMPERED, ROOT, POWER,
             )  # fmt: skip
             store_all(stats + row.to(tl.int64) * STATS, values)
         else:
             store_all(parts + tl.program_id(0).to(tl.int64) * PARTS, part)
     elif WHOLE:
-        finish_unread_row(row, target, soft, hard)
+        store_all(stats + row.to(tl.int64) * STATS, finish_unread_row(row, target, soft, hard))
 
 
 @triton.jit
@@ -290,6 +292,7 @@ def finish(
     HARD: tl.constexpr,
     ENTROPY: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    TEMPERED: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
 ):
@@ -308,11 +311,11 @@ def finish(
             part = joined(part, next_part, k, k_t, SOFT, ROOT, POWER)
         values = finish_row(
             part, student + row_start(row, student_layout), row, target, vocabulary, k, k_t, smoothing, soft, hard,
-            SOFT, HARD, ENTROPY, SMOOTHED, ROOT, POWER,
+            SOFT, HARD, ENTROPY, SMOOTHED, TEMPERED, ROOT, POWER,
         )  # fmt: skip
         store_all(stats + row.to(tl.int64) * STATS, values)
     else:
-        finish_unread_row(row, target, soft, hard)
+        store_all(stats + row.to(tl.int64) * STATS, finish_unread_row(row, target, soft, hard))
 
 
 @triton.jit
@@ -491,7 +494,7 @@ def fused(
                 part = joined(part, next_part, k, k_t, SOFT, ROOT, POWER)
         values = finish_row(
             part, student, row, target, vocabulary, k, k_t, smoothing, soft, hard,
-            SOFT, HARD, ENTROPY, SMOOTHED, ROOT, POWER,
+            SOFT, HARD, ENTROPY, SMOOTHED, TEMPERED, ROOT, POWER,
         )  # fmt: skip
         scales = gradient_scales(
             values, target, tl.load(coef_soft + row.to(tl.int64) * soft_stride),

@@ -34,6 +34,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e28)
 # 1.5 * 2^11: a float32 near it is a multiple of 2^-12.
 ROUND = tl.constexpr(3072.0)
+# 1.5 * 2^23 / 256.
+GRID = tl.constexpr(49152.0)
 # Below this |delta|, 2^delta - 1 is a polynomial; above it, a difference of exponentials.
 SMALL = tl.constexpr(0.18)
 # How far above its point, on the log2 scale, a logit may lie.
@@ -43,6 +45,12 @@ REACH = tl.constexpr(60.0)
 @triton.jit
 def reference(x, k):
     return tl.fma(x, k, ROUND) - ROUND
+
+
+@triton.jit
+def on_grid(x):
+    """To 1/256, so that differences of logits that size are exact."""
+    return (x + GRID) - GRID
 
 
 @triton.jit
@@ -128,7 +136,7 @@ def moved(part, point_s, point_t, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr
         by_s = tl.exp2(down_s)
         by_t = tl.exp2(down_t)
         d = down_s - down_t  # delta grows by it
-        bend = by_t * (d * d * phi_over_square(d, 4))
+        bend = by_t * (d * d * phi_over_square(d, 3))
         near = tl.abs(d) < SMALL
         growth = tl.where(near, tl.fma(by_t * d, LN2, bend), by_s - by_t)  # by_t (2^d - 1)
         bend = tl.where(near, bend, tl.fma(by_t * d, -LN2, growth))  # by_t phi(d)
@@ -192,20 +200,23 @@ def extended(
 def merged(part, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
     """One part of many.
 
-    It is measured from where the mean of delta under p is 0: there B1 vanishes, and a student's logit that sticks out
-    does not matter. Where that is out of reach, from the maxima.
+    It is measured from where the mean of delta under p is 0, or near: there B1 is small, and a student's logit that
+    sticks out does not matter. Where one token has all of p the maxima are there already, and exactly; and where an
+    exponential from there would overflow, they have to do.
     """
     point_s, point_t = tl.max(part[0], 0), tl.max(part[1], 0)
     if SOFT:
         own_s, own_t, _, z_t, b1, _, _, _, _ = part
         down_t = reference(own_t, k_t) - reference(point_t, k_t)
         apart = student_reference(own_s, k, ROOT) - student_reference(point_s, k, ROOT) - down_t
-        by_t = tl.exp2(down_t)
-        mass = tl.sum(by_t * z_t, 0)
-        sum_of_delta = tl.sum(tl.where(by_t * z_t > 0, by_t * tl.fma(apart, z_t, b1), 0.0), 0)
-        step = sum_of_delta / mass / k  # NaN for a teacher's row of -inf
-        near = tl.abs(step) * tl.maximum(k, LOG2E) <= REACH
-        point_s = tl.where(near, point_s + step, point_s)
+        mass = tl.exp2(down_t) * z_t
+        mean = tl.sum(tl.where(mass > 0, tl.exp2(down_t) * tl.fma(apart, z_t, b1), 0.0), 0) / tl.sum(mass, 0)
+        mean_t = on_grid(point_t)
+        mean_s = mean_t + on_grid(point_s + mean / k - point_t)
+        reached = (tl.abs(mean_s - point_s) * tl.maximum(k, LOG2E) <= REACH) & (k_t <= 256)
+        spread = reached & (tl.abs(mean) > 0.001)  # a mean of NaN is not
+        point_s = tl.where(spread, mean_s, point_s)
+        point_t = tl.where(spread, mean_t, point_t)
     _, _, z_s, z_t, b1, b2, h, z_1, total = moved(part, point_s, point_t, k, k_t, SOFT, ROOT, POWER)
     if SOFT:
         z_s, z_t, h, b1, b2 = tl.sum(z_s, 0), tl.sum(z_t, 0), tl.sum(h, 0), tl.sum(b1, 0), tl.sum(b2, 0)
@@ -238,7 +249,7 @@ def off_grid(point_s, point_t, k, k_t, ROOT: tl.constexpr):
 
 
 @triton.jit
-def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, ROOT: tl.constexpr):
+def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, TEMPERED: tl.constexpr, ROOT: tl.constexpr):
     """The soft term; and what stats have of it: both sums, measured from the points, and the log of their ratio."""
     point_s, point_t, z_s, z_t, b1, b2, h, _, _ = part
     b1 *= LN2
@@ -250,8 +261,13 @@ def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, ROOT: tl.constexpr):
     rest_s, rest_t = off_grid(point_s, point_t, k, k_t, ROOT)
     student_sum = z_s / tl.exp2(rest_s)
     teacher_sum = z_t / tl.exp2(rest_t)
-    gap = (rest_s - rest_t) * LN2
+    gap = rest_s - rest_t
+    if not TEMPERED:  # taken as delta is: what s - t is rounded by cancels
+        gap = tl.fma(point_s - point_t, k, reference(point_t, k_t) - student_reference(point_s, k, ROOT))
+    gap *= LN2
     log_ratio = tl.where(near, x + less - gap, tl.log2(student_sum / teacher_sum) * LN2)
+    # The last bits of what the grid leaves over say nothing: where one column has all of p and q, this is 0.
+    log_ratio = tl.where(tl.abs(log_ratio) < 1.5e-11, 0.0, log_ratio)
 
     # Close to the teacher, B2 carries the value; far from it, B2 is large and B1 does.
     soft = tl.where(near & (second < 0.5), less + second, log_ratio + gap - b1 / z_t)
@@ -275,7 +291,7 @@ def finished_hard(
     hard_sum = z_1 + own
     hard = tl.where(ratio < 0.5, ratio + log1p_less(ratio), (tl.log2(hard_sum) - exponent) * LN2)
     if SMOOTHED:
-        hard += smoothing * (logit - total / vocabulary)
+        hard += tl.where(hard < float("inf"), smoothing * (logit - total / vocabulary), 0.0)  # inf - inf is no loss
     at_point = tl.exp2(hard_exponent(point_s, point_s, k, ROOT, POWER))
     return tl.where(hard_sum != 0, hard, float("nan")), hard_sum / at_point, z_1 / hard_sum
 
