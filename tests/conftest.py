@@ -1,16 +1,27 @@
 import os
+from collections.abc import Iterator
 
 import pytest
-from support import BACKENDS
+import torch
+from support import BACKENDS, GPU_BACKENDS
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from interpreter import make_honest
 
     make_honest()
 
+_ON_GPU = " on a GPU"
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that takes CPU tensors on this machine."""
+
+@pytest.fixture(params=[*BACKENDS, *(pytest.param(name + _ON_GPU, marks=pytest.mark.gpu) for name in GPU_BACKENDS)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that takes CPU tensors on this machine; with -m gpu, each that takes a GPU's, with these tensors."""
     name: str = request.param
-    return name
+    if not name.endswith(_ON_GPU):
+        yield name
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("this machine has no GPU, or PyTorch no support for it")
+    torch.set_default_device("cuda")
+    yield name.removesuffix(_ON_GPU)
+    torch.set_default_device(None)

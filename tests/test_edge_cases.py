@@ -194,8 +194,14 @@ def test_no_valid_row(reduction: str, how: str, backend: str) -> None:
     assert (gradient == 0).all()
 
 
+def _only_the_cpu_looks() -> None:
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("a GPU gives NaN and does not wait: test_gpu.py")
+
+
 @pytest.mark.parametrize("label", [V, V + 7, -1, -2, 2**40, -(2**62)])
 def test_label_out_of_range(label: int, backend: str) -> None:
+    _only_the_cpu_looks()
     student, teacher = make_logits("wide", 4, V)
     labels = torch.tensor([1, 2, label, 3])
     for options in ({}, {"alpha": 1.0}, {"alpha": 0.0}, {"soft_on_ignored": True}):
@@ -205,6 +211,7 @@ def test_label_out_of_range(label: int, backend: str) -> None:
 
 
 def test_label_beyond_the_truncated_vocabulary(backend: str) -> None:
+    _only_the_cpu_looks()
     student, teacher = torch.randn(2, 10), torch.randn(2, 7)
     with pytest.raises(IndexError, match=r"row 1 has the label 8, which is not in \[0, 7\)"):
         fused_kd_loss(student, teacher, torch.tensor([1, 8]), vocab_mismatch="truncate", backend=backend)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import BACKENDS, DTYPES, LOGITS, check, make_labels, make_logits
+from support import BACKENDS, DTYPES, LOGITS, check, make_labels, make_logits, on_device
 
 from fused_kd import KDLossOutput, fused_kd_loss
 
@@ -103,7 +103,7 @@ def test_a_sure_and_right_student_keeps_its_digits(sure: float, backend: str) ->
 def test_parts_make_the_loss(options: dict[str, Any], backend: str) -> None:
     student, teacher = make_logits("wide", 3, 5, 50)
     labels = make_labels(3, 5, vocabulary=50)
-    options = {**options, "inplace": False}
+    options = on_device({**options, "inplace": False})
     loss = fused_kd_loss(student.requires_grad_(), teacher, labels, backend=backend, **options)
     output = fused_kd_loss(student, teacher, labels, backend=backend, return_parts=True, **options)
     assert isinstance(output, KDLossOutput)
