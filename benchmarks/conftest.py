@@ -7,13 +7,18 @@ import pytest
 import torch
 
 YARDSTICK = "softmax"
+COPY = "floor: copy"
+SHAPES = {
+    "cpu": "256x128256,256x1000,128x100",
+    "cuda": "8192x32000,8192x128256,8192x151936,8192x262144,8x151936",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused_kd")
     group.addoption(
         "--shapes",
-        default="256x128256,256x1000,128x100",
+        default=SHAPES["cuda" if torch.cuda.is_available() else "cpu"],
         help="comma-separated ROWSxVOCABULARY (default: %(default)s)",
     )
     group.addoption("--dtypes", default="float32,bfloat16", help="comma-separated dtypes (default: %(default)s)")
@@ -38,10 +43,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         if not bench.has_error:
             groups[bench.group][bench.extra_info["contender"]] = bench
     for group, rows in groups.items():
-        terminalreporter.section(f"{group}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        on_gpu = torch.cuda.is_available()
+        place = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
+        terminalreporter.section(f"{group}, {place}, torch {torch.__version__}")
         yardstick = rows[YARDSTICK].stats.median if YARDSTICK in rows else None
+        bandwidth = speed(rows[COPY]) if COPY in rows else None
         terminalreporter.write_line(
             f"{'':28}{'median ms':>10}{'of softmax':>12}{'peak extra MiB':>16}{'of logits':>11}"
+            + (f"{'GB/s':>9}{'of copy':>9}" if bandwidth else "")
         )
         for name, bench in sorted(rows.items(), key=lambda item: item[1].stats.median):
             ratio = f"{bench.stats.median / yardstick:11.2f}x" if yardstick else ""
@@ -49,4 +58,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(
                 f"{name:28}{bench.stats.median * 1e3:10.3f}{ratio:>12}{peak / 2**20:16.1f}"
                 f"{peak / bench.extra_info['logits_bytes']:10.2f}x"
+                + (f"{speed(bench) / 1e9:9.0f}{100 * speed(bench) / bandwidth:8.0f}%" if bandwidth else "")
             )
+
+
+def speed(bench: Any) -> float:
+    """Bytes that had to be moved, a second."""
+    return float(bench.extra_info["bytes"] / bench.stats.median)
