@@ -196,6 +196,8 @@ def finish_row(
     hard_value, hard_sum, miss = zero, zero, zero
     if SOFT:
         soft_value, student_sum, teacher_sum, log_ratio = finished_soft(part, k, k_t, ENTROPY, TEMPERED, ROOT)
+        # In one column both probabilities are 1, whatever the last bit says. (NaN stays.)
+        soft_value *= tl.where((vocabulary == 1) & (soft_value < 1), 0.0, 1.0)
     if HARD:
         if target >= 0:
             logit = tl.load(student + target).to(tl.float32)
