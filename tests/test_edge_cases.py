@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import INF, assert_gradient, assert_loss, both, check, make_labels, make_logits
+from support import DTYPES, INF, assert_gradient, assert_loss, both, check, make_labels, make_logits
 
 from fused_kd import fused_kd_loss
 
@@ -319,3 +319,14 @@ def test_more_than_two_to_the_31_elements(backend: str) -> None:
     assert torch.equal(loss, expected)
     assert torch.equal(gradient[-2:], torch.autograd.grad(expected, small)[0])
     assert (gradient[:-2:997] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [2, 700])
+def test_a_teacher_sure_of_one_token(columns: int, dtype: torch.dtype, temperature: float, backend: str) -> None:
+    """Next to nothing is left to learn, of the size of what float32 loses in a difference from 1."""
+    student, teacher = make_logits("wide", 2, columns)
+    student[:, columns // 2] = student.amax(-1) + 14 * temperature + 0.3
+    teacher[:, columns // 2] = teacher.amax(-1) + 12 * temperature + 0.7
+    check(student.to(dtype), teacher.to(dtype), None, alpha=1.0, temperature=temperature, backend=backend)

@@ -72,6 +72,8 @@ def refuses(student: Tensor, teacher: Tensor) -> str | None:
         return f"it takes tensors on a GPU, and those of the CPU only with {INTERPRET}=1 in the environment (slow)"
     if device not in ("cpu", "cuda"):
         return f"it takes tensors on NVIDIA and AMD GPUs, and student_logits is on {student.device}"
+    if device == "cuda" and (old := _too_old(student.device)) is not None:
+        return old
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if logits.dtype not in _DTYPES:
             return f"it takes float32, bfloat16 and float16, and {name} is {logits.dtype}; the torch backend takes it"
@@ -98,6 +100,14 @@ def _warp(device: torch.device) -> int:
 
 
 @functools.cache
+def _too_old(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip or major >= 8:
+        return None
+    return f"its kernels need compute capability 8.0, and {device} has {major}.{minor}; the torch backend takes it"
+
+
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return 0 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
@@ -111,7 +121,7 @@ def rows_forward(
     if rows == 0:
         return soft, hard, stats
     launch, sections = _launch(student, teacher)
-    kernels, scalars, switches = _kernels(), *_mathematics(options)
+    kernels, scalars, switches = _kernels(), *_mathematics(options, student.dtype)
     parts = student.new_empty((rows, sections, kernels.PARTS.value) if sections > 1 else 0, dtype=torch.float32)
     values = (scalars.k, scalars.k_t, scalars.smoothing)
     switches["ENTROPY"] = _entropy(options)
@@ -167,7 +177,7 @@ def rows_backward(
     if rows == 0:
         return
     launch, sections = _launch(student, teacher)
-    scalars, switches = _mathematics(options, vocabulary(student, teacher))
+    scalars, switches = _mathematics(options, student.dtype, vocabulary(student, teacher))
     with _on(student.device):
         _kernels().backward[(rows * sections,)](
             student,
@@ -210,7 +220,7 @@ def rows_fused(
         return soft, hard
     check_targets(student, teacher, targets)
     soft, hard = (student.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    scalars, switches = _mathematics(options, vocabulary(student, teacher))
+    scalars, switches = _mathematics(options, student.dtype, vocabulary(student, teacher))
     with _on(student.device):
         _kernels().fused[(rows,)](
             student,
@@ -248,7 +258,7 @@ class Scalars(NamedTuple):
     smoothing: float
 
 
-def _mathematics(options: RowOptions, columns: int = 0) -> tuple[Scalars, dict[str, Any]]:
+def _mathematics(options: RowOptions, student: torch.dtype, columns: int = 0) -> tuple[Scalars, dict[str, Any]]:
     # Without the soft term there is one temperature: that of the hard term, 1.
     temperature = options.temperature if options.soft else 1.0
     teacher_temperature = options.teacher_temperature if options.soft else 1.0
@@ -260,7 +270,7 @@ def _mathematics(options: RowOptions, columns: int = 0) -> tuple[Scalars, dict[s
         "SOFT": options.soft,
         "HARD": options.hard,
         "SMOOTHED": options.hard and options.label_smoothing > 0,
-        "TEMPERED": teacher_temperature != temperature,
+        "EXACT": student == torch.float32 and teacher_temperature == temperature,
         "ROOT": root,
         "POWER": power,
     }

@@ -10,6 +10,7 @@ import triton.language as tl
 from fused_kd.backends import rows
 from fused_kd.backends.triton_math import (
     PARTS,
+    centre,
     extended,
     finished_hard,
     finished_soft,
@@ -99,6 +100,8 @@ def loaded(row, start, within, end, EDGE: tl.constexpr, KEPT: tl.constexpr):
         x = tl.load(at, mask=start + within < end, other=-float("inf"), eviction_policy=POLICY)
     else:
         x = tl.load(at, eviction_policy=POLICY)
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
 
 
@@ -137,7 +140,7 @@ def section_part(
     HARD: tl.constexpr,
     ENTROPY: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    EXACT: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -151,23 +154,24 @@ def section_part(
     first, plain, labelled, edges, last = section_tiles(section, vocabulary, label, SECTION, TILE)
     within = tile_columns(GROUPS, LANES, VECTOR)
     part = nothing(tl.zeros([LANES], tl.float32))
+    own = centre(part[0], part[1], k, k_t, EXACT, ROOT)
     for i in range(plain):
         start = first + (i + (i >= labelled).to(tl.int32)) * TILE
         s = tile_of(student, start, vocabulary, GROUPS, LANES, VECTOR, False, KEPT)
         t = tile_of(teacher, start, vocabulary, GROUPS, LANES, VECTOR, False, KEPT) if SOFT else s
-        part = extended(
-            part, s, t, start + within, vocabulary, label, k, k_t,
-            SOFT, HARD, ENTROPY, SMOOTHED, TEMPERED, ROOT, POWER, False,
+        part, own = extended(
+            part, own, s, t, start + within, vocabulary, label, k, k_t,
+            SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER, False,
         )  # fmt: skip
     for i in range(edges):
         start = first + tl.where(i == 0, labelled, last) * TILE
         s = tile_of(student, start, vocabulary, GROUPS, LANES, VECTOR, True, KEPT)
         t = tile_of(teacher, start, vocabulary, GROUPS, LANES, VECTOR, True, KEPT) if SOFT else s
-        part = extended(
-            part, s, t, start + within, vocabulary, label, k, k_t,
-            SOFT, HARD, ENTROPY, SMOOTHED, TEMPERED, ROOT, POWER, True,
+        part, own = extended(
+            part, own, s, t, start + within, vocabulary, label, k, k_t,
+            SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER, True,
         )  # fmt: skip
-    return merged(part, k, k_t, SOFT, ROOT, POWER)
+    return merged(part, own, k, k_t, SOFT, EXACT, ROOT, POWER)
 
 
 @triton.jit
@@ -186,7 +190,7 @@ def finish_row(
     HARD: tl.constexpr,
     ENTROPY: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    EXACT: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
 ):
@@ -195,13 +199,15 @@ def finish_row(
     soft_value, student_sum, teacher_sum, log_ratio = zero, zero, zero, zero
     hard_value, hard_sum, miss = zero, zero, zero
     if SOFT:
-        soft_value, student_sum, teacher_sum, log_ratio = finished_soft(part, k, k_t, ENTROPY, TEMPERED, ROOT)
+        soft_value, student_sum, teacher_sum, log_ratio = finished_soft(part, k, k_t, ENTROPY, EXACT, ROOT)
         # In one column both probabilities are 1, whatever the last bit says. (NaN stays.)
         soft_value *= tl.where((vocabulary == 1) & (soft_value < 1), 0.0, 1.0)
     if HARD:
         if target >= 0:
             logit = tl.load(student + target).to(tl.float32)
-            hard_value, hard_sum, miss = finished_hard(part, logit, vocabulary, smoothing, k, SMOOTHED, ROOT, POWER)
+            hard_value, hard_sum, miss = finished_hard(
+                part, logit, vocabulary, smoothing, k, SMOOTHED, EXACT, ROOT, POWER
+            )
     tl.store(soft + row, soft_value)
     tl.store(hard + row, hard_value)
     return part[0], part[1], student_sum, teacher_sum, log_ratio, hard_sum, miss
@@ -243,7 +249,7 @@ def forward(
     HARD: tl.constexpr,
     ENTROPY: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    EXACT: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -261,12 +267,12 @@ def forward(
         teacher += row_start(row, teacher_layout)
         part = section_part(
             student, teacher, section, label_of(target, HARD), vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-            TEMPERED, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, False,
+            EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, False,
         )  # fmt: skip
         if WHOLE:
             values = finish_row(
                 part, student, row, target, vocabulary, k, k_t, smoothing, soft, hard,
-                SOFT, HARD, ENTROPY, SMOOTHED, TEMPERED, ROOT, POWER,
+                SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER,
             )  # fmt: skip
             store_all(stats + row.to(tl.int64) * STATS, values)
         else:
@@ -294,7 +300,7 @@ def finish(
     HARD: tl.constexpr,
     ENTROPY: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    EXACT: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
 ):
@@ -310,10 +316,10 @@ def finish(
                 tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
                 tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8),
             )  # fmt: skip
-            part = joined(part, next_part, k, k_t, SOFT, ROOT, POWER)
+            part = joined(part, next_part, k, k_t, SOFT, EXACT, ROOT, POWER)
         values = finish_row(
             part, student + row_start(row, student_layout), row, target, vocabulary, k, k_t, smoothing, soft, hard,
-            SOFT, HARD, ENTROPY, SMOOTHED, TEMPERED, ROOT, POWER,
+            SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER,
         )  # fmt: skip
         store_all(stats + row.to(tl.int64) * STATS, values)
     else:
@@ -334,7 +340,7 @@ def section_gradient(
     SOFT: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    EXACT: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -344,7 +350,7 @@ def section_gradient(
 ):
     """Writes the gradient of one section of a row; `out` may be the student's logits themselves."""
     TILE: tl.constexpr = GROUPS * LANES * VECTOR
-    TERMS: tl.constexpr = 4 if out.dtype.element_ty.primitive_bitwidth == 32 else 2
+    FINE: tl.constexpr = out.dtype.element_ty.primitive_bitwidth == 32
     first, plain, labelled, edges, last = section_tiles(section, vocabulary, label, SECTION, TILE)
     # VECTOR wide, so that logits of both dtypes lie in the threads alike.
     within = group_columns(GROUPS * LANES, VECTOR)
@@ -352,17 +358,13 @@ def section_gradient(
         start = first + (i + (i >= labelled).to(tl.int32)) * TILE
         s = loaded(student, start, within, vocabulary, False, False)
         t = loaded(teacher, start, within, vocabulary, False, False) if SOFT else s
-        g = gradient(
-            s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, TEMPERED, ROOT, POWER, TERMS, False
-        )
+        g = gradient(s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, False)
         tl.store(out + start + within, g.to(out.dtype.element_ty), cache_modifier=".cs")
     for i in range(edges):
         start = first + tl.where(i == 0, labelled, last) * TILE
         s = loaded(student, start, within, vocabulary, True, False)
         t = loaded(teacher, start, within, vocabulary, True, False) if SOFT else s
-        g = gradient(
-            s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, TEMPERED, ROOT, POWER, TERMS, True
-        )
+        g = gradient(s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, True)
         inside = start + within < vocabulary
         tl.store(out + start + within, g.to(out.dtype.element_ty), mask=inside, cache_modifier=".cs")
 
@@ -400,7 +402,7 @@ def backward(
     SOFT: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    EXACT: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -423,11 +425,11 @@ def backward(
         scales = gradient_scales(
             values, target, tl.load(coef_soft + row.to(tl.int64) * soft_stride),
             tl.load(coef_hard + row.to(tl.int64) * hard_stride), vocabulary, k, k_t, unit, smoothing,
-            SOFT, HARD, SMOOTHED, TEMPERED, ROOT, POWER,
+            SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER,
         )  # fmt: skip
         section_gradient(
             student + row_start(row, student_layout), teacher + row_start(row, teacher_layout), out, section,
-            label_of(target, HARD), vocabulary, scales, k, k_t, SOFT, HARD, SMOOTHED, TEMPERED, ROOT, POWER,
+            label_of(target, HARD), vocabulary, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER,
             GROUPS, LANES, VECTOR, SECTION,
         )  # fmt: skip
     else:
@@ -463,7 +465,7 @@ def fused(
     HARD: tl.constexpr,
     ENTROPY: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    EXACT: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -484,29 +486,29 @@ def fused(
         if WHOLE:
             part = section_part(
                 student, teacher, 0, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-                TEMPERED, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, True,
+                EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, True,
             )  # fmt: skip
         else:
             part = nothing(smoothing)
             for section in range(sections):
                 next_part = section_part(
                     student, teacher, section, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-                    TEMPERED, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, True,
+                    EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, True,
                 )  # fmt: skip
-                part = joined(part, next_part, k, k_t, SOFT, ROOT, POWER)
+                part = joined(part, next_part, k, k_t, SOFT, EXACT, ROOT, POWER)
         values = finish_row(
             part, student, row, target, vocabulary, k, k_t, smoothing, soft, hard,
-            SOFT, HARD, ENTROPY, SMOOTHED, TEMPERED, ROOT, POWER,
+            SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER,
         )  # fmt: skip
         scales = gradient_scales(
             values, target, tl.load(coef_soft + row.to(tl.int64) * soft_stride),
             tl.load(coef_hard + row.to(tl.int64) * hard_stride), vocabulary, k, k_t, unit, smoothing,
-            SOFT, HARD, SMOOTHED, TEMPERED, ROOT, POWER,
+            SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER,
         )  # fmt: skip
         for i in range(sections):
             section_gradient(
                 student, teacher, out, sections - 1 - i, label, vocabulary, scales, k, k_t,
-                SOFT, HARD, SMOOTHED, TEMPERED, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION,
+                SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION,
             )  # fmt: skip
     else:
         finish_unread_row(row, target, soft, hard)

@@ -5,19 +5,23 @@ The sums are those of docs/design.md, with three differences that a GPU asks for
 Lanes. A tile of a row is viewed as [LANES, n]: every thread is a lane and keeps a part of its own, measured from its
 own maxima. Nothing crosses lanes until a section of the row has been read.
 
-The log2 scale. Exponentials are powers of 2, and delta is on that scale too. `reference(x, k)` is x k on a grid of
-2^-12, on which differences are exact:
+The log2 scale. Exponentials are powers of 2, and delta is on that scale too:
 
     e_s = 2^(s k - S)     e_t = 2^(t k_t - T)     S, T: references of the points measured from     k = log2(e) / tau
-    delta = (s k - t k_t) - (S - T),  so e_s = e_t 2^delta
+    delta = (s k - S) - (t k_t - T) - lag,  so e_s 2^-lag = e_t 2^delta
     B1 = sum e_t delta    B2 = sum e_t phi(delta),   phi(delta) = 2^delta - 1 - delta ln 2 >= 0
+
+EXACT, for float32 students: delta comes from s - t, which has no rounding where the two are close; references lie on
+a grid, on which differences have none; and the lag is what the grid leaves over, so that delta is 0 at the points. (A
+teacher that is sure of one token leaves nothing else to see.) Logits of 16 bits are never so close that the difference
+of the exponents would not do: there the references are the points' own exponents, and the lag is 0.
 
 Powers. At some temperatures exp(s / tau) = u^ROOT and exp(s) = u^POWER; POWER = 0 where they are not.
 
 A part is what has been read of a row by one lane, by one program or by all; scalars, or one number a lane:
 
     point_s, point_t  what the rest is measured from: a lane's maxima
-    z_s, z_t, b1, b2  the soft term
+    z_s, z_t, b1, b2  the soft term; z_s is the sum of e_s 2^-lag
     h                 sum of e_t log2(e_t), for the teacher's entropy
     z_1               sum of exp(s) over the columns other than the label
     total             sum of s, for label smoothing
@@ -38,13 +42,15 @@ ROUND = tl.constexpr(3072.0)
 GRID = tl.constexpr(49152.0)
 # Below this |delta|, 2^delta - 1 is a polynomial; above it, a difference of exponentials.
 SMALL = tl.constexpr(0.18)
+# Below this |log(q / p)| the mean of p and q is their logarithmic mean to 3e-5, a tenth of what float16 rounds.
+SMALL_16 = tl.constexpr(0.02)
 # How far above its point, on the log2 scale, a logit may lie.
 REACH = tl.constexpr(60.0)
 
 
 @triton.jit
-def reference(x, k):
-    return tl.fma(x, k, ROUND) - ROUND
+def reference(x, k, EXACT: tl.constexpr):
+    return tl.fma(x, k, ROUND) - ROUND if EXACT else x * k
 
 
 @triton.jit
@@ -67,40 +73,45 @@ def power(u, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def student_reference(point_s, k, ROOT: tl.constexpr):
-    return ROOT * reference(point_s, k / ROOT)
+def student_exponent(s, point_s, k, EXACT: tl.constexpr, ROOT: tl.constexpr):
+    """log2 of the ROOT-th root of exp(s / tau)."""
+    return tl.fma(s, k / ROOT, -reference(point_s, k / ROOT, EXACT))
 
 
 @triton.jit
-def student_exponentials(s, point_s, k, ROOT: tl.constexpr, POWER: tl.constexpr):
+def student_exponentials(x_s, s, point_s, k, EXACT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
     """exp(s / tau) and exp(s)."""
-    u = tl.exp2(tl.fma(s, k / ROOT, -reference(point_s, k / ROOT)))
+    u = tl.exp2(x_s)
     e_s = power(u, ROOT)
-    e_1 = power(u, POWER) if POWER else tl.exp2(hard_exponent(s, point_s, k, ROOT, POWER))
+    e_1 = power(u, POWER) if POWER else tl.exp2(hard_exponent(s, point_s, k, EXACT, ROOT, POWER))
     return e_s, e_1
 
 
 @triton.jit
-def hard_exponent(s, point_s, k, ROOT: tl.constexpr, POWER: tl.constexpr):
+def hard_exponent(s, point_s, k, EXACT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
     """log2 of exp(s), from where `student_exponentials` measures it."""
     if POWER:
-        exponent = POWER * tl.fma(s, k / ROOT, -reference(point_s, k / ROOT))
+        exponent = POWER * student_exponent(s, point_s, k, EXACT, ROOT)
     else:
-        exponent = tl.fma(s, LOG2E, -reference(point_s, LOG2E))
+        exponent = tl.fma(s, LOG2E, -reference(point_s, LOG2E, EXACT))
     return exponent
 
 
 @triton.jit
-def teacher_exponent(t, point_t, k_t):
-    return tl.fma(t, k_t, -reference(point_t, k_t))
+def teacher_exponent(t, point_t, k_t, EXACT: tl.constexpr):
+    return tl.fma(t, k_t, -reference(point_t, k_t, EXACT))
+
+
+@triton.jit
+def log2_ratio(x_s, x_t, ROOT: tl.constexpr):
+    """delta of columns that are not EXACT."""
+    return tl.fma(x_s, ROOT, -x_t) if ROOT > 1 else x_s - x_t
 
 
 @triton.jit
 def phi_over_square(d, TERMS: tl.constexpr):
-    """(2^d - 1 - d ln 2) / d^2 for |d| < SMALL: minimax, to 7e-4, 9e-6, 9e-8 with 2, 3, 4 terms."""
-    if TERMS == 2:
-        value = tl.fma(d, 0.055536519, 0.24038238)
-    elif TERMS == 3:
+    """(2^d - 1 - d ln 2) / d^2 for |d| < SMALL: minimax, to 9e-6, 9e-8 with 3, 4 terms."""
+    if TERMS == 3:
         value = tl.fma(d, tl.fma(d, 0.0096231212, 0.055536519), 0.24022649)
     else:
         value = tl.fma(d, tl.fma(d, tl.fma(d, 0.0013339737, 0.0096231212), 0.055504104), 0.24022649)
@@ -124,18 +135,44 @@ def nothing(like):
 
 
 @triton.jit
-def moved(part, point_s, point_t, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
-    """The part, measured from other points: none so far below its own that an exponential overflows."""
-    own_s, own_t, z_s, z_t, b1, b2, h, z_1, total = part
-    down_root = reference(own_s, k / ROOT) - reference(point_s, k / ROOT)
-    down_1 = POWER * down_root if POWER else reference(own_s, LOG2E) - reference(point_s, LOG2E)
+def centre(point_s, point_t, k, k_t, EXACT: tl.constexpr, ROOT: tl.constexpr):
+    """What goes with a part's points: the root of S, T, how far the points are apart, and the lag."""
+    root = reference(point_s, k / ROOT, EXACT)
+    at_t = reference(point_t, k_t, EXACT)
+    apart = point_s - point_t
+    lag = root * 0.0
+    if EXACT:
+        lag = apart * k - (ROOT * root - at_t)
+        lag = tl.where(tl.abs(lag) < 0.0625, lag, 0.0)  # no column is there, or one too large for a grid
+    return root, at_t, apart, lag
+
+
+@triton.jit
+def delta_between(own, to, k, EXACT: tl.constexpr, ROOT: tl.constexpr):
+    """What delta grows by from one centre to another."""
+    return (own[2] - to[2]) * k if EXACT else ROOT * (own[0] - to[0]) - (own[1] - to[1])
+
+
+@triton.jit
+def unlagged(lag):
+    """2^-lag."""
+    x = lag * -LN2
+    return tl.fma(x, tl.fma(x, 0.5, 1.0), 1.0)
+
+
+@triton.jit
+def moved(part, own, point_s, to, k, SOFT: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+    """The part, from its `own` centre to another: none so far below its own that an exponential overflows."""
+    own_s, _, z_s, z_t, b1, b2, h, z_1, total = part
+    down_root = own[0] - to[0]
+    down_1 = POWER * down_root if POWER else reference(own_s, LOG2E, EXACT) - reference(point_s, LOG2E, EXACT)
     z_1 *= tl.exp2(down_1)
     if SOFT:
         down_s = ROOT * down_root
-        down_t = reference(own_t, k_t) - reference(point_t, k_t)
-        by_s = tl.exp2(down_s)
+        down_t = own[1] - to[1]
+        d = delta_between(own, to, k, EXACT, ROOT)
+        by_s = tl.exp2(down_s + (own[3] - to[3]) if EXACT else down_s)
         by_t = tl.exp2(down_t)
-        d = down_s - down_t  # delta grows by it
         bend = by_t * (d * d * phi_over_square(d, 3))
         near = tl.abs(d) < SMALL
         growth = tl.where(near, tl.fma(by_t * d, LN2, bend), by_s - by_t)  # by_t (2^d - 1)
@@ -145,12 +182,13 @@ def moved(part, point_s, point_t, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr
         h = by_t * tl.fma(down_t, z_t, h)
         z_s *= by_s
         z_t *= by_t
-    return (point_s, point_t, z_s, z_t, b1, b2, h, z_1, total)
+    return z_s, z_t, b1, b2, h, z_1, total
 
 
 @triton.jit
 def extended(
     part,
+    own,
     s,
     t,
     columns,
@@ -162,62 +200,68 @@ def extended(
     HARD: tl.constexpr,
     ENTROPY: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    EXACT: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """The lanes' parts with one more tile. An EDGE tile may hold the label, and -inf where it reaches past the row."""
+    """The lanes' parts with one more tile, and their centres.
+
+    An EDGE tile may hold the label, and -inf where it reaches past the row.
+    """
     max_s = tl.maximum(part[0], tl.max(s, 1))
     max_t = tl.maximum(part[1], tl.max(t, 1)) if SOFT else part[1]
-    _, _, z_s, z_t, b1, b2, h, z_1, total = moved(part, max_s, max_t, k, k_t, SOFT, ROOT, POWER)
-    e_s, e_1 = student_exponentials(s, max_s[:, None], k, ROOT, POWER)
+    to = centre(max_s, max_t, k, k_t, EXACT, ROOT)
+    z_s, z_t, b1, b2, h, z_1, total = moved(part, own, max_s, to, k, SOFT, EXACT, ROOT, POWER)
+    x_s = student_exponent(s, max_s[:, None], k, EXACT, ROOT)
+    e_s, e_1 = student_exponentials(x_s, s, max_s[:, None], k, EXACT, ROOT, POWER)
     if SOFT:
-        x_t = teacher_exponent(t, max_t[:, None], k_t)
+        x_t = teacher_exponent(t, max_t[:, None], k_t, EXACT)
         e_t = tl.exp2(x_t)
-        reference_s = student_reference(max_s, k, ROOT)
-        if TEMPERED:
-            delta = tl.fma(s, k, -reference_s[:, None]) - x_t
-        else:
-            # s - t first: it is exact where the two are close, and that is where delta has to be.
-            delta = tl.fma(s - t, k, (reference(max_t, k_t) - reference_s)[:, None])
+        delta = ((s - t) - to[2][:, None]) * k if EXACT else log2_ratio(x_s, x_t, ROOT)
         first = tl.where(e_t > 0, e_t * delta, 0.0)  # 0 log 0 = 0; -inf student: -inf
         near = first * (delta * phi_over_square(delta, 3))
+        if EXACT:
+            e_s *= unlagged(to[3])[:, None]
+        # (b2 first: that takes a third of the registers.)
+        b2 += tl.sum(tl.where(tl.abs(delta) < SMALL, near, e_s - tl.fma(first, LN2, e_t)), 1)
         z_s += tl.sum(e_s, 1)
         z_t += tl.sum(e_t, 1)
         b1 += tl.sum(first, 1)
-        b2 += tl.sum(tl.where(tl.abs(delta) < SMALL, near, e_s - tl.fma(first, LN2, e_t)), 1)
         if ENTROPY:
-            h += tl.sum(tl.where(e_t > 0, e_t * x_t, 0.0), 1)
+            h += tl.sum(e_t * tl.maximum(x_t, -256.0), 1)  # 0 log 0 = 0
     if HARD:
         z_1 += tl.sum(tl.where(columns == label, 0.0, e_1) if EDGE else e_1, 1)
         if SMOOTHED:
             total += tl.sum(tl.where(columns < vocabulary, s, 0.0) if EDGE else s, 1)
-    return (max_s, max_t, z_s, z_t, b1, b2, h, z_1, total)
+    return (max_s, max_t, z_s, z_t, b1, b2, h, z_1, total), to
 
 
 @triton.jit
-def merged(part, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+def merged(part, own, k, k_t, SOFT: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
     """One part of many.
 
     It is measured from where the mean of delta under p is 0, or near: there B1 is small, and a student's logit that
-    sticks out does not matter. Where one token has all of p the maxima are there already, and exactly; and where an
-    exponential from there would overflow, they have to do.
+    sticks out does not matter. Where one token has all of p, it is measured from the maxima, so that delta is 0 there;
+    and where an exponential from elsewhere would overflow, they have to do.
     """
     point_s, point_t = tl.max(part[0], 0), tl.max(part[1], 0)
+    to = centre(point_s, point_t, k, k_t, EXACT, ROOT)
     if SOFT:
-        own_s, own_t, _, z_t, b1, _, _, _, _ = part
-        down_t = reference(own_t, k_t) - reference(point_t, k_t)
-        apart = student_reference(own_s, k, ROOT) - student_reference(point_s, k, ROOT) - down_t
+        z_t, b1 = part[3], part[4]
+        down_t = own[1] - to[1]
+        apart = delta_between(own, to, k, EXACT, ROOT)
         mass = tl.exp2(down_t) * z_t
-        mean = tl.sum(tl.where(mass > 0, tl.exp2(down_t) * tl.fma(apart, z_t, b1), 0.0), 0) / tl.sum(mass, 0)
+        total = tl.sum(mass, 0)
+        mean = tl.sum(tl.where(mass > 0, tl.exp2(down_t) * tl.fma(apart, z_t, b1), 0.0), 0) / total
         mean_t = on_grid(point_t)
         mean_s = mean_t + on_grid(point_s + mean / k - point_t)
         reached = (tl.abs(mean_s - point_s) * tl.maximum(k, LOG2E) <= REACH) & (k_t <= 256)
-        spread = reached & (tl.abs(mean) > 0.001)  # a mean of NaN is not
+        spread = reached & (total > 2) & (tl.abs(mean) < float("inf"))
         point_s = tl.where(spread, mean_s, point_s)
         point_t = tl.where(spread, mean_t, point_t)
-    _, _, z_s, z_t, b1, b2, h, z_1, total = moved(part, point_s, point_t, k, k_t, SOFT, ROOT, POWER)
+        to = centre(point_s, point_t, k, k_t, EXACT, ROOT)
+    z_s, z_t, b1, b2, h, z_1, total = moved(part, own, point_s, to, k, SOFT, EXACT, ROOT, POWER)
     if SOFT:
         z_s, z_t, h, b1, b2 = tl.sum(z_s, 0), tl.sum(z_t, 0), tl.sum(h, 0), tl.sum(b1, 0), tl.sum(b2, 0)
     else:
@@ -226,7 +270,7 @@ def merged(part, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.const
 
 
 @triton.jit
-def joined(a, b, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+def joined(a, b, k, k_t, SOFT: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
     """One part of two."""
     both = (
         tl.join(a[0], b[0]),
@@ -239,35 +283,34 @@ def joined(a, b, k, k_t, SOFT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.const
         tl.join(a[7], b[7]),
         tl.join(a[8], b[8]),
     )
-    return merged(both, k, k_t, SOFT, ROOT, POWER)
+    return merged(both, centre(both[0], both[1], k, k_t, EXACT, ROOT), k, k_t, SOFT, EXACT, ROOT, POWER)
 
 
 @triton.jit
-def off_grid(point_s, point_t, k, k_t, ROOT: tl.constexpr):
-    """log2 of the exponentials at the points themselves: what the grid leaves over."""
-    return ROOT * tl.fma(point_s, k / ROOT, -reference(point_s, k / ROOT)), teacher_exponent(point_t, point_t, k_t)
+def off_grid(point_s, point_t, k, k_t, EXACT: tl.constexpr, ROOT: tl.constexpr):
+    """log2 of the exponentials at the points themselves: what references leave over."""
+    rest_s = ROOT * student_exponent(point_s, point_s, k, EXACT, ROOT)
+    return rest_s, teacher_exponent(point_t, point_t, k_t, EXACT)
 
 
 @triton.jit
-def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, TEMPERED: tl.constexpr, ROOT: tl.constexpr):
+def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.constexpr):
     """The soft term; and what stats have of it: both sums, measured from the points, and the log of their ratio."""
     point_s, point_t, z_s, z_t, b1, b2, h, _, _ = part
+    zero = point_s * 0.0
     b1 *= LN2
     x = (b1 + b2) / z_t
     second = b2 / z_t
     less = log1p_less(x)
     near = tl.abs(x) < 0.5
 
-    rest_s, rest_t = off_grid(point_s, point_t, k, k_t, ROOT)
-    student_sum = z_s / tl.exp2(rest_s)
+    rest_s, rest_t = off_grid(point_s, point_t, k, k_t, EXACT, ROOT)
+    student_sum = z_s / tl.exp2(rest_s - centre(point_s, point_t, k, k_t, EXACT, ROOT)[3])
     teacher_sum = z_t / tl.exp2(rest_t)
-    gap = rest_s - rest_t
-    if not TEMPERED:  # taken as delta is: what s - t is rounded by cancels
-        gap = tl.fma(point_s - point_t, k, reference(point_t, k_t) - student_reference(point_s, k, ROOT))
-    gap *= LN2
+    gap = zero if EXACT else (rest_s - rest_t) * LN2  # delta at the points
     log_ratio = tl.where(near, x + less - gap, tl.log2(student_sum / teacher_sum) * LN2)
-    # The last bits of what the grid leaves over say nothing: where one column has all of p and q, this is 0.
-    log_ratio = tl.where(tl.abs(log_ratio) < 1.5e-11, 0.0, log_ratio)
+    # The last bits of the gap say nothing: where one column has all of p and q, this is 0.
+    log_ratio = tl.where(tl.abs(log_ratio) < 5e-7 * tl.abs(gap), 0.0, log_ratio)
 
     # Close to the teacher, B2 carries the value; far from it, B2 is large and B1 does.
     soft = tl.where(near & (second < 0.5), less + second, log_ratio + gap - b1 / z_t)
@@ -280,19 +323,27 @@ def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, TEMPERED: tl.constexpr, R
 
 @triton.jit
 def finished_hard(
-    part, logit, vocabulary, smoothing, k, SMOOTHED: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr
+    part,
+    logit,
+    vocabulary,
+    smoothing,
+    k,
+    SMOOTHED: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROOT: tl.constexpr,
+    POWER: tl.constexpr,
 ):
     """-log softmax(s)[label] and 1 - softmax(s)[label], from the other columns' sum, so that a sure and right student
     keeps its digits; and the sum over all columns, measured from the point."""
     point_s, z_1, total = part[0], part[7], part[8]
-    exponent = hard_exponent(logit, point_s, k, ROOT, POWER)
+    exponent = hard_exponent(logit, point_s, k, EXACT, ROOT, POWER)
     own = tl.exp2(exponent)
     ratio = z_1 / own
     hard_sum = z_1 + own
     hard = tl.where(ratio < 0.5, ratio + log1p_less(ratio), (tl.log2(hard_sum) - exponent) * LN2)
     if SMOOTHED:
         hard += tl.where(hard < float("inf"), smoothing * (logit - total / vocabulary), 0.0)  # inf - inf is no loss
-    at_point = tl.exp2(hard_exponent(point_s, point_s, k, ROOT, POWER))
+    at_point = tl.exp2(hard_exponent(point_s, point_s, k, EXACT, ROOT, POWER))
     return tl.where(hard_sum != 0, hard, float("nan")), hard_sum / at_point, z_1 / hard_sum
 
 
@@ -310,35 +361,41 @@ def gradient_scales(
     SOFT: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    EXACT: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
 ):
-    """Of gradient = by_s e_s - by_t e_t + by_1 e_1 + constant; at the label, at_label in the place of by_1 e_1."""
-    point_s, point_t, student_sum, teacher_sum, own, hard_sum, miss = stats
-    by_s, by_t, log_ratio, rest = 0.0, 0.0, 0.0, 0.0
+    """Of gradient = by_t (ratio e_s - e_t) + by_1 e_1 + constant; at the label, at_label in the place of by_1 e_1."""
+    point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss = stats
+    by_t, ratio, first_s, first_t, then = 0.0, 0.0, 0.0, 0.0, 0.0
     if SOFT:
-        scale = coef_soft * unit
-        rest_s, rest_t = off_grid(point_s, point_t, k, k_t, ROOT)
-        by_s = scale / (student_sum * tl.exp2(rest_s))
-        by_t = scale / (teacher_sum * tl.exp2(rest_t))
-        own *= LOG2E
-        if TEMPERED:
-            log_ratio = own + rest_s - rest_t
+        rest_s, rest_t = off_grid(point_s, point_t, k, k_t, EXACT, ROOT)
+        by_t = coef_soft * unit / (teacher_sum * tl.exp2(rest_t))
+        ratio = teacher_sum / student_sum * tl.exp2(rest_t - rest_s)
+        log_ratio *= LOG2E
+        if EXACT:
+            # (s - t) - (point_s - point_t) without rounding where the student is close: if the points are on the grid,
+            # so is what is left of the one of s and t farther from 0. Else delta is 0 at the points, that at least.
+            apart = point_s - point_t
+            if (on_grid(point_s) == point_s) & (on_grid(point_t) == point_t):
+                first_s = tl.where(tl.abs(point_s) >= tl.abs(point_t), apart, 0.0)
+                first_t = first_s - apart
+            elif tl.abs(apart) > 8:
+                first_s, first_t = point_s, point_t
+            else:
+                then = apart
         else:
-            # log2(q / p) is (s - t) k less a number that float32 cannot hold well enough: log_ratio, and a rest.
-            log_ratio = tl.fma(point_s - point_t, k, own)
-            rest = (tl.fma(point_s - point_t, k, -log_ratio) + own) * -LN2
+            log_ratio += rest_s - rest_t
     by_1, constant, at_label = 0.0, 0.0, 0.0
     if HARD:
         if target >= 0:
-            by_1 = coef_hard / (hard_sum * tl.exp2(hard_exponent(point_s, point_s, k, ROOT, POWER)))
+            by_1 = coef_hard / (hard_sum * tl.exp2(hard_exponent(point_s, point_s, k, EXACT, ROOT, POWER)))
             # softmax(s)[label] - 1 would lose what a sure student has left to learn.
             at_label = -coef_hard * miss
             if SMOOTHED:
                 at_label += coef_hard * smoothing
                 constant = -coef_hard * smoothing / vocabulary
-    return point_s, point_t, by_s, by_t, log_ratio, rest, by_1, constant, at_label
+    return point_s, point_t, first_s, first_t, then, by_t, ratio, log_ratio, by_1, constant, at_label
 
 
 @triton.jit
@@ -353,28 +410,36 @@ def gradient(
     SOFT: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    EXACT: tl.constexpr,
     ROOT: tl.constexpr,
     POWER: tl.constexpr,
-    TERMS: tl.constexpr,
+    FINE: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """TERMS: of phi; two are ten times better than a 16-bit gradient."""
-    point_s, point_t, by_s, by_t, log_ratio, rest, by_1, constant, at_label = scales
-    e_s, e_1 = student_exponentials(s, point_s, k, ROOT, POWER)
+    """FINE: for a gradient in float32."""
+    point_s, point_t, first_s, first_t, then, by_t, ratio, log_ratio, by_1, constant, at_label = scales
+    x_s = student_exponent(s, point_s, k, EXACT, ROOT)
+    e_s, e_1 = student_exponentials(x_s, s, point_s, k, EXACT, ROOT, POWER)
     g = tl.zeros_like(s)
-    if SOFT:
-        x_t = teacher_exponent(t, point_t, k_t)
-        p = by_t * tl.exp2(x_t)
-        # log2(q / p), but for the rest; where it is small the difference of the two has lost its digits.
-        if TEMPERED:
-            d = tl.fma(s, k, -student_reference(point_s, k, ROOT)) - x_t - log_ratio
-        else:
-            d = tl.fma(s - t, k, -log_ratio)
-        near = p * tl.fma(d, tl.fma(d, phi_over_square(d, TERMS), LN2), rest)
-        g = tl.where(tl.abs(d) < SMALL, near, by_s * e_s - p)
     if HARD:
-        g += tl.where(columns == label, at_label, by_1 * e_1) if EDGE else by_1 * e_1
+        g = by_1 * e_1
+        if EDGE:
+            g = tl.where(columns == label, at_label, g)
         if SMOOTHED:
             g += constant
+    if SOFT:
+        x_t = teacher_exponent(t, point_t, k_t, EXACT)
+        e_t = tl.exp2(x_t)
+        # Where log2(q / p) is small, the difference of p and q has lost its digits.
+        exact = (s - first_s) - (t - first_t) - then
+        if FINE:
+            d = tl.fma(exact, k, -log_ratio) if EXACT else log2_ratio(x_s, x_t, ROOT) - log_ratio
+            near = (e_t * d) * tl.fma(d, phi_over_square(d, 4), LN2)
+            close = tl.abs(d) < SMALL
+        else:
+            # q - p is log(q / p) times the logarithmic mean of p and q, and that is almost their mean.
+            half = tl.fma(log2_ratio(x_s, x_t, ROOT), LN2 / 2, log_ratio * (-LN2 / 2))
+            near = half * tl.fma(ratio, e_s, e_t)
+            close = tl.abs(half) < SMALL_16 / 2
+        g = tl.fma(tl.where(close, near, tl.fma(ratio, e_s, -e_t)), by_t, g)
     return g
