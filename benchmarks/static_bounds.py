@@ -1,4 +1,4 @@
-"""What the Triton kernels can reach at best, read from their machine code: no GPU is needed.
+"""What the Triton kernels, and the CUDA ones, can reach at best, read from their machine code: no GPU is needed.
 
     python benchmarks/static_bounds.py
 
@@ -10,6 +10,7 @@ It is a static upper bound, not a measurement: latencies, occupancy and the cach
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import subprocess
 import tempfile
@@ -70,14 +71,14 @@ GPUS = (
 )
 
 # Variants by name: the kernel, and its switches.
-_BOTH = {"SOFT": True, "HARD": True, "ENTROPY": False, "SMOOTHED": False, "TEMPERED": False, "ROOT": 1, "POWER": 0}
+_BOTH = {"SOFT": True, "HARD": True, "ENTROPY": False, "SMOOTHED": False, "ROOT": 1, "POWER": 0}
 SWITCHES: dict[str, dict[str, Any]] = {
     "any tau": _BOTH,
     "tau = 2": {**_BOTH, "POWER": 2},
     "tau = 1.5": {**_BOTH, "ROOT": 2, "POWER": 3},
     "soft term": {**_BOTH, "HARD": False, "POWER": 1},
     "hard term": {**_BOTH, "SOFT": False, "POWER": 1},
-    "all options": {**_BOTH, "ENTROPY": True, "SMOOTHED": True, "TEMPERED": True},
+    "all options": {**_BOTH, "ENTROPY": True, "SMOOTHED": True},
 }
 VARIANTS = {
     f"{kernel}, {name}": (kernel, switches)
@@ -119,7 +120,8 @@ def compiled(
     name, switches = VARIANTS[variant]
     kernel = getattr(triton_kernels, name)
     launch = launch_for(columns, max(ITEMSIZE[student], ITEMSIZE[teacher]), target.warp_size)
-    shape = {**shape_of(launch), "WHOLE": columns <= launch.section, **overrides}
+    exact = student == "fp32" and "all options" not in variant  # which include a temperature of the teacher's own
+    shape = {**shape_of(launch), "WHOLE": columns <= launch.section, "EXACT": exact, **overrides}
     options = {key: shape.pop(key) for key in ("num_warps", "num_stages")}
     # Triton compiles an argument that is 1 as a constant.
     ones = dict.fromkeys(("targets_stride", "soft_stride", "hard_stride", *(["sections"] if shape["WHOLE"] else ())), 1)
@@ -215,6 +217,26 @@ def bytes_per_pair(variant: str, dtype: str) -> int:
     return ITEMSIZE[dtype] * (read + (not variant.startswith("forward")))
 
 
+def cuda_rows() -> Iterator[tuple[Any, ...]]:
+    """The same table's rows of the CUDA C++ kernels, if the package was built with them."""
+    cuda_code = importlib.import_module("cuda_code")
+    if isinstance(reason := cuda_code.library(), str):
+        print(f"\nNo CUDA C++ kernels: {reason}")
+        return
+    for gpu in GPUS:
+        if gpu.target.backend != "cuda" or (arch := f"sm_{gpu.target.arch}") not in cuda_code.targets():
+            continue
+        for variant in cuda_code.VARIANTS:
+            for dtype in ("bf16", "fp32"):
+                code = cuda_code.code(variant, arch, dtype)
+                size = bytes_per_pair(variant, dtype)
+                yield (
+                    gpu.name, f"CUDA C++ {variant}", dtype, size, code.registers, code.spilled,
+                    f"{code.per_pair():.1f}", f"{code.per_pair(*EXPONENTIALS):.2f}", code.in_loop("SHFL"),
+                    code.in_loop("BAR"), f"{100 * bound(code, gpu, size):.0f} %",
+                )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", type=int, default=151936, help="the vocabulary")
@@ -233,6 +255,8 @@ def main() -> None:
                     code.in_loop("BAR", "s_barrier"), f"{100 * bound(code, gpu, size):.0f} %",
                 )  # fmt: skip
                 print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    for cells in cuda_rows():
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -62,3 +62,22 @@ FKD_API int64_t fkd_rows_backward(const FkdRows* student, const FkdRows* teacher
 FKD_API int64_t fkd_rows_fused(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
                                const FkdLoss* loss, const float* coef_soft, const float* coef_hard, float* soft,
                                float* hard, const FkdRows* gradient, int64_t threads);
+
+// The CUDA library: the same verbs with pointers into the memory of `device`, queued on `stream`; nothing waits. A row
+// whose target is out of range becomes NaN and is not read. Each returns 0 or the code of a CUDA error. Targets,
+// vectors and stats are contiguous; `scratch` is memory of the device, of as many bytes as fkd_cuda_scratch asks for.
+enum FkdVerb { FKD_FORWARD = 1, FKD_BACKWARD = 2, FKD_FUSED = 3 };
+
+FKD_API int64_t fkd_cuda_scratch(const FkdRows* student, const FkdRows* teacher, int64_t verb, int64_t device);
+FKD_API int64_t fkd_cuda_rows_forward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
+                                      const FkdLoss* loss, float* soft, float* hard, float* stats, void* scratch,
+                                      int64_t device, void* stream);
+FKD_API int64_t fkd_cuda_rows_backward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
+                                       const FkdLoss* loss, const float* stats, const float* grad_soft,
+                                       const float* grad_hard, const FkdRows* gradient, int64_t device, void* stream);
+FKD_API int64_t fkd_cuda_rows_fused(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
+                                    const FkdLoss* loss, const float* coef_soft, const float* coef_hard, float* soft,
+                                    float* hard, const FkdRows* gradient, void* scratch, int64_t device, void* stream);
+FKD_API int64_t fkd_cuda_usable(int64_t device);  // 0, or the error that a kernel's code for this device meets
+FKD_API const char* fkd_cuda_error_text(int64_t code);
+FKD_API int64_t fkd_cuda_on_host(void);  // 1: built for the CPU by the tests

@@ -12,12 +12,17 @@
 #include <cstdint>
 #include <cstring>
 
+// FKD_MATH: a function, or a static member; FKD_MEMBER: any other member.
 #if defined(__CUDACC__)
-#define FKD_MATH static __host__ __device__ __forceinline__
+#define FKD_MEMBER __host__ __device__ __forceinline__
+#define FKD_MATH static FKD_MEMBER
 #elif defined(__GNUC__)
 #define FKD_MATH static inline __attribute__((always_inline))
 #else
 #define FKD_MATH static inline
+#endif
+#if !defined(FKD_MEMBER)
+#define FKD_MEMBER
 #endif
 
 namespace fused_kd {
@@ -69,11 +74,23 @@ struct Scales {
     float log2;  // log2(e) / tau
     float unit;  // 1 / tau
 
-    explicit Scales(double temperature)
+    FKD_MEMBER explicit Scales(double temperature)
         : log2(static_cast<float>(kLog2E / temperature)), unit(static_cast<float>(1 / temperature)) {}
+
+    // How far two points that teacher's sums are measured from are apart.
+    template <class Real>
+    FKD_MEMBER Real teacher_distance(Real from, Real to) const {
+        return from - to;
+    }
+    // The exponent of 2 by which exp(s - from) and exp(s - to) differ.
+    template <class Real>
+    FKD_MEMBER Real hard_exponent(Real from, Real to) const {
+        return (from - to) * static_cast<Real>(kLog2E);
+    }
 };
 
-FKD_MATH float on_grid(float x) { return std::fabs(x) < 32768 ? std::nearbyint(x * 256) / 256 : x; }
+FKD_MATH float to_grid(float x) { return std::nearbyint(x * 256) / 256; }
+FKD_MATH float on_grid(float x) { return std::fabs(x) < 32768 ? to_grid(x) : x; }
 
 // The point that a piece of a row is measured from, and how (s - student) - (t - teacher) is taken without rounding
 // where the student is close: as (s - first_s) - (t - first_t) - then.
@@ -81,7 +98,7 @@ struct Centre {
     float student = 0, teacher = 0;
     float first_s = 0, first_t = 0, then = 0;
 
-    static Centre of(float student, float teacher) {
+    FKD_MATH Centre of(float student, float teacher) {
         Centre m;
         m.student = student;
         m.teacher = teacher;
@@ -144,18 +161,21 @@ struct Share {
     float b1, b2, excess;
 };
 
-// (Scalars, not a Pair: GCC 12 does not vectorise a loop that takes the address of a struct of its own.)
-FKD_MATH Share share(float e_s, float e_t, float delta) {
-    const float plain = e_s - e_t;
+// `plain` is e_s - e_t as it comes. (Scalars, not a Pair: GCC 12 does not vectorise a loop that takes the address of a
+// struct of its own.)
+FKD_MATH Share share(float plain, float e_t, float delta) {
     const float b1 = e_t > 0 ? e_t * delta : 0.0f;  // 0 log 0 = 0; -inf student: -inf
     const bool small = std::fabs(delta) < kSmall;
     const float b2 = small ? b1 * phi_over_delta(delta) : plain - b1;
     return {b1, b2, small ? b1 + b2 : plain};
 }
 
+// exp(d) - 1 for |d| < kSmall.
+FKD_MATH float small_growth(float d) { return d + d * phi_over_delta(d); }
+
 // q - p from p, q and log(q / p), without cancellation.
 FKD_MATH float probability_difference(float q, float p, float log_ratio) {
-    return std::fabs(log_ratio) < kSmall ? p * (log_ratio + log_ratio * phi_over_delta(log_ratio)) : q - p;
+    return std::fabs(log_ratio) < kSmall ? p * small_growth(log_ratio) : q - p;
 }
 
 // A piece of a row. Pieces merge associatively, whatever maxima they were measured from.
@@ -172,39 +192,62 @@ struct Partial {
 template <class Real>
 FKD_MATH Real larger(Real a, Real b) { return a > b ? a : b; }
 
-// Moves a piece to maxima at least as large as its own. With r_s, r_t the factors of e_s, e_t, delta grows by
-// d = log(r_s / r_t), and every product below is bounded however far apart the two scales are.
+FKD_MATH double power_of_2(double x) { return std::exp2(x); }
+FKD_MATH float power_of_2(float x) { return exp2_of(x); }
+
+// What two factors r_s = r_t exp(d) differ by, and what remains of that without its linear part: r_t phi(d).
 template <class Real>
-FKD_MATH Partial<Real> moved(const Partial<Real>& a, Real max_s, Real max_t, const Scales& k) {
-    const Real down_s = a.max_s - max_s, down_t = a.max_t - max_t;
-    if (down_s == 0 && down_t == 0) return a;
-    const Real r_s = std::exp2(down_s * k.log2), r_t = std::exp2(down_t * k.log2);
-    const Real d = (down_s - down_t) * k.unit;
-    const Real excess = std::fabs(d) < 1 ? r_t * std::expm1(d) : r_s - r_t;
+struct Apart {
+    Real excess, bend;
+};
+FKD_MATH Apart<double> apart_by(double r_s, double r_t, double d) {
+    const double excess = std::fabs(d) < 1 ? r_t * std::expm1(d) : r_s - r_t;
+    return {excess, excess - r_t * d};
+}
+FKD_MATH Apart<float> apart_by(float r_s, float r_t, float d) {
+    const float plain = r_s - r_t, linear = r_t * d, bend = linear * phi_over_delta(d);
+    const bool small = std::fabs(d) < kSmall;
+    return {small ? linear + bend : plain, small ? bend : plain - linear};
+}
+
+// Moves a piece to another centre, on which e_s, e_t and exp(s) become 2^down_s, 2^down_t and 2^down_1 of themselves.
+// delta grows by d, their logarithms' difference; every product below is bounded however far apart the two scales are.
+template <class Real>
+FKD_MATH Partial<Real> moved_by(const Partial<Real>& a, Real down_s, Real down_t, Real down_1, Real d) {
+    const Real r_s = power_of_2(down_s), r_t = power_of_2(down_t);
+    const Apart<Real> apart = apart_by(r_s, r_t, d);
     Partial<Real> r;
-    r.max_s = max_s;
-    r.max_t = max_t;
     r.z_s = r_s * a.z_s;
     r.z_t = r_t * a.z_t;
     if (r_t > 0) {
         r.b1 = r_t * (a.b1 + d * a.z_t);
-        r.b2 = (excess - r_t * d) * a.z_t + excess * a.b1 + r_s * a.b2;
-        r.h = r_t * (a.h + down_t * k.log2 * a.z_t);
+        r.b2 = apart.bend * a.z_t + apart.excess * a.b1 + r_s * a.b2;
+        r.h = r_t * (a.h + down_t * a.z_t);
     } else {
         r.b2 = r.z_s;  // no teacher left here: phi has become exp
     }
-    r.z_1 = a.z_1 == 0 ? a.z_1 : a.z_1 * std::exp2(down_s * static_cast<Real>(kLog2E));
+    r.z_1 = a.z_1 == 0 ? a.z_1 : a.z_1 * power_of_2(down_1);
     r.sum = a.sum;
     return r;
 }
 
+// To maxima at least as large as its own.
+template <class Real, class Scale>
+FKD_MATH Partial<Real> moved(const Partial<Real>& a, Real max_s, Real max_t, const Scale& k) {
+    const Real down_s = a.max_s - max_s, down_t = k.teacher_distance(a.max_t, max_t);
+    const Real down_1 = k.hard_exponent(a.max_s, max_s);
+    Partial<Real> r = moved_by(a, down_s * k.log2, down_t * k.log2, down_1, (down_s - down_t) * k.unit);
+    r.max_s = max_s;
+    r.max_t = max_t;
+    return r;
+}
+
+// Two pieces measured from the same maxima, as one.
 template <class Real>
-FKD_MATH Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b, const Scales& k) {
-    const Real max_s = larger(a.max_s, b.max_s), max_t = larger(a.max_t, b.max_t);
-    const Partial<Real> l = moved(a, max_s, max_t, k), r = moved(b, max_s, max_t, k);
+FKD_MATH Partial<Real> added(const Partial<Real>& l, const Partial<Real>& r) {
     Partial<Real> c;
-    c.max_s = max_s;
-    c.max_t = max_t;
+    c.max_s = l.max_s;
+    c.max_t = l.max_t;
     c.z_s = l.z_s + r.z_s;
     c.z_t = l.z_t + r.z_t;
     c.b1 = l.b1 + r.b1;
@@ -213,6 +256,13 @@ FKD_MATH Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b, con
     c.z_1 = l.z_1 + r.z_1;
     c.sum = l.sum + r.sum;
     return c;
+}
+
+template <class Real, class Scale>
+FKD_MATH Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b, const Scale& k) {
+    const Real max_s = larger(a.max_s, b.max_s), max_t = larger(a.max_t, b.max_t);
+    const bool at_a = a.max_s == max_s && a.max_t == max_t, at_b = b.max_s == max_s && b.max_t == max_t;
+    return added(at_a ? a : moved(a, max_s, max_t, k), at_b ? b : moved(b, max_s, max_t, k));
 }
 
 // What a finished row says.
@@ -248,6 +298,13 @@ FKD_MATH void finish_hard(const Partial<Real>& a, Real label_logit, Row<Real>& r
     row.miss = a.z_1 / row.hard_sum;
     row.nll = below < 30 ? std::log1p(a.z_1 / own) : below + std::log(row.hard_sum);
     if (row.hard_sum == 0) row.nll = row.miss = NAN;  // a row of -inf
+}
+
+// The hard term's value with label smoothing; `sum` is that of all logits.
+template <class Real>
+FKD_MATH Real smoothed(Real nll, Real label_logit, Real sum, int64_t columns, Real smoothing) {
+    if (!(smoothing > 0) || !(nll < INFINITY)) return nll;  // inf - inf would be no loss
+    return nll + smoothing * (label_logit - sum / static_cast<Real>(columns));
 }
 
 }  // namespace fused_kd

@@ -47,6 +47,8 @@ def _backends() -> Iterator[str]:
             yield f"          missing: {missing}"
         elif (build := native.build_report().get(name)) is not None:
             yield f"          built by {build['built']}"
+            if "archs" in build:
+                yield f"          for {build['archs']}"
             yield f"          flags {build['flags']}"
 
 

@@ -3,7 +3,10 @@
 import ctypes
 import functools
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +17,12 @@ ABI_VERSION = 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward_kl": 0, "cross_entropy": 1}
 DONE, OUT_OF_MEMORY = -1, -2
+FORWARD, FUSED = 1, 3  # FkdVerb
 _MAX_DIMS = 8
 
 _FOLDER = Path(__file__).parent
+# Names the CUDA library to load in place of the installed one: the tests have one that runs on the CPU.
+CUDA_LIBRARY = "FUSED_KD_CUDA_LIBRARY"
 
 
 class Rows(ctypes.Structure):
@@ -85,23 +91,53 @@ def refuses(student: Tensor, teacher: Tensor) -> str | None:
     return None
 
 
+Arguments = tuple[list[Any], list[Tensor]]  # as ctypes takes them; and what has to live until the call returns
+
+
+def arguments(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, *rest: Tensor) -> Arguments:
+    """The head that the verbs of all libraries share, and `rest`: vectors of one number a row, stats or a gradient.
+
+    The operators can be called by anybody, and a library believes what it is told: so vectors are checked here.
+    """
+    positions = student.shape[:-1].numel()
+    if not targets.numel() == positions == teacher.shape[:-1].numel():
+        raise ValueError(f"each of the student's {positions} rows needs a teacher's row and a target")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, got {targets.dtype}")
+    for vector in rest:
+        if vector.dtype != torch.float32 or len(vector) != len(targets):
+            raise ValueError(
+                f"each row needs its own float32 number: got {vector.dtype} {tuple(vector.shape)} "
+                f"for {len(targets)} targets"
+            )
+    # Vectors of one number a row: O(N), so a strided one (an expanded gradient) may be laid out anew.
+    first, *others = vectors = [x.contiguous() for x in (targets, *rest)]
+    values = [
+        ctypes.byref(rows_of(student)),
+        ctypes.byref(rows_of(teacher)),
+        first.data_ptr(),
+        ctypes.byref(loss_of(options)),
+        *(x.data_ptr() for x in others),
+    ]
+    return values, vectors
+
+
 @functools.cache
 def build_report() -> dict[str, dict[str, str]]:
     """What setup.py wrote about each library: how it was built, or why it was not."""
     path = _FOLDER / "_native.json"
-    if not path.exists():
-        reason = (
-            "no build report beside it: it was not installed; install it with pip (in a checkout: pip install -e .)"
-        )
-        return {"cpu": {"missing": reason}}
-    report: dict[str, dict[str, str]] = json.loads(path.read_text())
+    report: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}
+    if CUDA_LIBRARY in os.environ:
+        report["cuda"] = {"library": os.environ[CUDA_LIBRARY], "built": "somebody else", "flags": CUDA_LIBRARY}
     return report
 
 
 @functools.cache
 def load(name: str) -> ctypes.CDLL | str:
     """The library of this name, or why there is none and what to do about it."""
-    report = build_report()[name]
+    report = build_report().get(name)
+    if report is None:
+        return "no build report beside it: it was not installed; install it with pip (in a checkout: pip install -e .)"
     if "missing" in report:
         return report["missing"]
     try:
@@ -111,14 +147,36 @@ def load(name: str) -> ctypes.CDLL | str:
     library.fkd_abi_version.restype = ctypes.c_int64
     if library.fkd_abi_version() != ABI_VERSION:
         return f"{report['library']} was built from other sources than this Python code; reinstall the package"
-    rows, vector = ctypes.POINTER(Rows), ctypes.c_void_p
-    head = [rows, rows, vector, ctypes.POINTER(Loss)]  # student, teacher, targets, loss
-    for verb, rest in (
-        ("fkd_rows_forward", [vector, vector, vector]),
-        ("fkd_rows_backward", [vector, vector, vector, rows]),
-        ("fkd_rows_fused", [vector, vector, vector, vector, rows]),
-    ):
-        function = getattr(library, verb)
-        function.argtypes = [*head, *rest, ctypes.c_int64]
-        function.restype = ctypes.c_int64
+    for function, parameters in _SIGNATURES[name]():
+        getattr(library, function).argtypes = parameters
+        getattr(library, function).restype = ctypes.c_int64
+    if name == "cuda":
+        library.fkd_cuda_error_text.restype = ctypes.c_char_p
     return library
+
+
+_ROWS, _VECTOR, _NUMBER = ctypes.POINTER(Rows), ctypes.c_void_p, ctypes.c_int64
+_HEAD = [_ROWS, _ROWS, _VECTOR, ctypes.POINTER(Loss)]  # student, teacher, targets, loss
+_VERBS: dict[str, list[Any]] = {
+    "rows_forward": [_VECTOR, _VECTOR, _VECTOR],
+    "rows_backward": [_VECTOR, _VECTOR, _VECTOR, _ROWS],
+    "rows_fused": [_VECTOR, _VECTOR, _VECTOR, _VECTOR, _ROWS],
+}
+
+
+def _cpu_signatures() -> Iterator[tuple[str, list[Any]]]:
+    for verb, rest in _VERBS.items():
+        yield f"fkd_{verb}", [*_HEAD, *rest, _NUMBER]  # threads
+
+
+def _cuda_signatures() -> Iterator[tuple[str, list[Any]]]:
+    for verb, rest in _VERBS.items():
+        scratch: list[Any] = [] if verb == "rows_backward" else [_VECTOR]
+        yield f"fkd_cuda_{verb}", [*_HEAD, *rest, *scratch, _NUMBER, ctypes.c_void_p]  # device, stream
+    yield "fkd_cuda_scratch", [_ROWS, _ROWS, _NUMBER, _NUMBER]
+    yield "fkd_cuda_usable", [_NUMBER]
+    yield "fkd_cuda_error_text", [_NUMBER]
+    yield "fkd_cuda_on_host", []
+
+
+_SIGNATURES = {"cpu": _cpu_signatures, "cuda": _cuda_signatures}

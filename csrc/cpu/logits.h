@@ -7,29 +7,15 @@
 #include <sys/mman.h>
 #endif
 
-#include "../fused_kd.h"
+#include "../storage.h"
 #include "blocks.h"
 
 namespace fused_kd {
 
-inline int64_t row_count(const FkdRows& a) {
-    int64_t n = 1;
-    for (int64_t d = 0; d < a.dims; ++d) n *= a.sizes[d];
-    return n;
-}
-
-inline int64_t element_size(const FkdRows& a) { return a.dtype == FKD_FLOAT32 ? 4 : 2; }
-
 class LogitsRow {
   public:
     LogitsRow(const FkdRows& a, int64_t row) : dtype_(a.dtype), size_(element_size(a)) {
-        int64_t offset = 0;
-        for (int64_t d = a.dims - 1; d > 0; --d) {
-            offset += row % a.sizes[d] * a.strides[d];
-            row /= a.sizes[d];
-        }
-        if (a.dims > 0) offset += row * a.strides[0];
-        data_ = static_cast<char*>(a.data) + offset * size_;
+        data_ = static_cast<char*>(a.data) + row_offset(a, row) * size_;
     }
 
     // Columns begin .. begin + n: in place where they are float32 already, else widened into `buffer`.

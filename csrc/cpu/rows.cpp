@@ -280,9 +280,7 @@ class Verb {
         if (labelled(row)) {
             const double label_logit = LogitsRow(student_, row).read(target);
             finish_hard(total, label_logit, result);
-            double value = result.nll;
-            if (loss_.label_smoothing > 0 && value < INFINITY)  // inf - inf would be no loss
-                value += loss_.label_smoothing * (label_logit - total.sum / static_cast<double>(columns_));
+            const double value = smoothed(result.nll, label_logit, total.sum, columns_, loss_.label_smoothing);
             hard[row] = static_cast<float>(value);
         }
         const double max_t = total.max_t / teacher_factor_;

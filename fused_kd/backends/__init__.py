@@ -15,11 +15,11 @@ import os
 
 from torch import Tensor
 
-from fused_kd.backends import cpu, pytorch, triton
+from fused_kd.backends import cpu, cuda, pytorch, triton
 from fused_kd.backends.rows import Backend
 
 # In the order in which "auto" tries them.
-PREFERENCE: dict[str, Backend] = {backend.NAME: backend for backend in (cpu, triton, pytorch)}
+PREFERENCE: dict[str, Backend] = {backend.NAME: backend for backend in (cpu, triton, cuda, pytorch)}
 
 VARIABLE = "FUSED_KD_BACKEND"
 

@@ -43,8 +43,7 @@ def rows_backward(
     options: RowOptions,
     out: Tensor,
 ) -> None:
-    gradient = ctypes.byref(native.rows_of(out))
-    _call("fkd_rows_backward", student, teacher, targets, options, stats, grad_soft, grad_hard, gradient)
+    _call("fkd_rows_backward", student, teacher, targets, options, stats, grad_soft, grad_hard, out=out)
 
 
 def rows_fused(
@@ -57,42 +56,26 @@ def rows_fused(
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     soft, hard = torch.empty(targets.numel()), torch.empty(targets.numel())
-    gradient = ctypes.byref(native.rows_of(out))
-    _call("fkd_rows_fused", student, teacher, targets, options, coef_soft, coef_hard, soft, hard, gradient)
+    _call("fkd_rows_fused", student, teacher, targets, options, coef_soft, coef_hard, soft, hard, out=out)
     return soft, hard
 
 
-def _call(verb: str, student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, *rest: object) -> None:
-    positions = student.shape[:-1].numel()
-    if not targets.numel() == positions == teacher.shape[:-1].numel():
-        raise ValueError(f"each of the student's {positions} rows needs a teacher's row and a target")
-    if positions == 0:
+def _call(
+    verb: str,
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    options: RowOptions,
+    *rest: Tensor,
+    out: Tensor | None = None,
+) -> None:
+    arguments, _alive = native.arguments(student, teacher, targets, options, *rest)
+    if targets.numel() == 0:
         return
-    _check_vectors(targets, *rest)
-    # Vectors of one number a row: O(N), so a strided one (an expanded gradient) may be laid out anew.
-    vectors = [x.contiguous() if isinstance(x, Tensor) else x for x in (targets, *rest)]
-    first, *others = (x.data_ptr() if isinstance(x, Tensor) else x for x in vectors)
-    result = getattr(native.load("cpu"), verb)(
-        ctypes.byref(native.rows_of(student)),
-        ctypes.byref(native.rows_of(teacher)),
-        first,
-        ctypes.byref(native.loss_of(options)),
-        *others,
-        torch.get_num_threads(),
-    )
+    if out is not None:
+        arguments.append(ctypes.byref(native.rows_of(out)))
+    result = getattr(native.load("cpu"), verb)(*arguments, torch.get_num_threads())
     if result == native.OUT_OF_MEMORY:
         raise MemoryError("fused_kd: no memory for one row's scratch in each thread")
     if result != native.DONE:
         raise bad_target(result, int(targets[result]), vocabulary(student, teacher))
-
-
-def _check_vectors(targets: Tensor, *rest: object) -> None:
-    """The operators can be called by anybody, and the library believes what it is told."""
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be int64, got {targets.dtype}")
-    for vector in rest:
-        if isinstance(vector, Tensor) and (vector.dtype != torch.float32 or len(vector) != len(targets)):
-            raise ValueError(
-                f"each row needs its own float32 number: got {vector.dtype} {tuple(vector.shape)} "
-                f"for {len(targets)} targets"
-            )

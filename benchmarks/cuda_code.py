@@ -1,0 +1,88 @@
+"""The machine code of the CUDA C++ kernels, read from the built library: what `static_bounds.py` does for Triton's."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from static_bounds import _BIN, Code, _loops
+
+from fused_kd import native
+
+DTYPES = {"fp32": "Float32", "bf16": "Bfloat16", "fp16": "Float16"}
+# Variants by name, as static_bounds.VARIANTS: template arguments of `Variant` after the student's dtype.
+_TEMPLATES = {
+    "any tau": ("{}", "1", "3", "0"),
+    "tau = 2": ("{}", "1", "2", "0"),
+    "tau = 1": ("{}", "1", "1", "0"),
+    "soft term": ("{}", "1", "0", "0"),
+    "hard term": ("{}", "0", "1", "0"),
+    "all options": ("AnyDtype", "1", "3", "1"),
+}
+VARIANTS = [f"{verb}, {name}" for verb in ("forward", "backward") for name in _TEMPLATES]
+PAIRS = 16  # that a lane does in one turn of a hot loop: kChunk of csrc/cuda/warp.h
+
+
+def library() -> Path | str:
+    """The library that setup.py built, or why there is none."""
+    report = native.build_report().get("cuda", {"missing": "the package was built without it"})
+    path = Path(native.__file__).parent / "libfused_kd_cuda.so"
+    return path if path.exists() else report.get("missing", "no library was built")
+
+
+@functools.cache
+def targets() -> list[str]:
+    """The architectures that it has code for."""
+    command = [_BIN / "cuobjdump", "-lelf", library()]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sorted(set(re.findall(r"\bsm_\d+", listed)), key=lambda arch: int(arch[3:]))
+
+
+@functools.cache
+def _kernels(arch: str) -> dict[str, tuple[Code, str]]:
+    """Mangled names of one architecture's kernels, with their resources and their text."""
+    path = library()
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([_BIN / "cuobjdump", "-xelf", arch, path], cwd=folder, capture_output=True, check=True)
+        usage, text = (
+            "".join(
+                subprocess.run([_BIN / tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+                for cubin in sorted(Path(folder).iterdir())
+            )
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    result = {}
+    bodies = re.split(r"^\.text\.(\S+):$", text, flags=re.MULTILINE)
+    for name, body in zip(bodies[1::2], bodies[2::2], strict=True):
+        found = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+        assert found is not None, name
+        registers, stack, local = map(int, found.groups())
+        spilled = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", body))
+        result[name] = (Code(registers, spilled, pairs=PAIRS), body)
+    return result
+
+
+@functools.cache
+def code(variant: str, arch: str, dtype: str = "bf16") -> Code:
+    """One verb's hot loop in one kernel, on one architecture ("sm_90")."""
+    verb, name = variant.split(", ", 1)
+    student = DTYPES[dtype]
+    teacher, soft, hard, general = _TEMPLATES[name]
+    # The Itanium ABI's name for a repeated type is a substitution: S and a digit.
+    other = f"NS_{len(teacher)}{teacher}E" if teacher != "{}" else r"S\d?_"
+    pattern = rf"VariantINS_{len(student)}{student}E{other}Lb{soft}ELNS_4HardE{hard}ELb{general}E"
+    (match,) = [found for key, found in _kernels(arch).items() if re.search(pattern, key)]
+    resources, body = match
+    loops = [loop for loop in _sass_loops(body) if any(op.startswith("LDG") and ".128" in op for op in loop)]
+    (hot,) = [loop for loop in loops if any(op.startswith("STG") for op in loop) == (verb == "backward")]
+    return Code(resources.registers, resources.spilled, [hot], PAIRS)
+
+
+def _sass_loops(body: str) -> Iterator[Counter[str]]:
+    instruction = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
+    return _loops(body, instruction, r"^(\.L_x_\d+):", r"BRA.*?(\.L_x_\d+)")

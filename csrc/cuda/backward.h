@@ -1,0 +1,150 @@
+// The gradient of a section of a row, by one warp.
+#pragma once
+#include "forward.h"
+
+namespace fused_kd {
+
+// Below this |d| a gradient in 16 bits takes exp(d) - 1 as d + d * d / 2, off by 2^-14 of itself at most.
+constexpr float kSmall16 = 1.0f / 64;
+
+template <class V>
+struct RowGradient {
+    LaneScales<V::hard> k;
+    Scales scales;
+    Centre centre;
+    float max_s, max_t, hard_point;     // exponents of 2 that this row's are measured from
+    float per_z_s, per_z_t, log_ratio;  // for the formulas of row_math.h
+    float soft, hard, at_label, constant;
+    float by_t, ratio, by_1, from;
+    float teacher_from, teacher_factor;
+    bool labelled, tempered, careful;
+
+    FKD_GPU_MEMBER RowGradient(const Work& w, int64_t row, int64_t target, const float* stats)
+        : k(w.k_s, w.k_t, w.unit), scales(static_cast<double>(w.temperature)) {
+        if (w.columns == 1) scales.unit = 0;
+        tempered = V::general && w.tempered;
+        const float student = stats[FKD_STUDENT_MAX], teacher = stats[FKD_TEACHER_MAX];
+        centre = Centre::of(student, V::soft && !tempered ? teacher : 0.0f);
+        teacher_from = teacher;
+        teacher_factor = w.teacher_factor;
+        max_s = student * k.s;
+        max_t = V::soft ? teacher * k.t : 0.0f;
+        careful = !(std::fabs(max_s) < kLargest && std::fabs(max_t) < kLargest);
+        hard_point = k.hard_point(max_s);
+        soft = by_t = ratio = from = log_ratio = per_z_s = per_z_t = 0;
+        // What the products leave over of the points in stats.
+        const float rest_s = std::fma(student, k.s, -max_s), rest_t = std::fma(teacher, k.t, -max_t);
+        if (V::soft) {
+            soft = w.grad_soft[row] * scales.unit;
+            per_z_s = 1 / stats[FKD_STUDENT_SUM];
+            per_z_t = 1 / stats[FKD_TEACHER_SUM];
+            log_ratio = stats[FKD_LOG_RATIO];
+            by_t = soft * per_z_t / power(rest_t);
+            ratio = per_z_s * stats[FKD_TEACHER_SUM] * power(rest_t - rest_s);
+            from = std::fma(rest_t - rest_s, kLn2f, -log_ratio);
+        }
+        hard = by_1 = at_label = constant = 0;
+        labelled = V::hard != Hard::off && w.use_hard && target >= 0;
+        if (labelled) {
+            hard = w.grad_hard[row] / stats[FKD_HARD_SUM];
+            by_1 = hard / power(V::hard == Hard::square ? 2 * rest_s
+                                : V::hard == Hard::same ? rest_s
+                                                        : std::fma(student, static_cast<float>(kLog2E), -hard_point));
+            constant = -w.grad_hard[row] * w.smoothing / static_cast<float>(w.columns);
+            at_label = w.grad_hard[row] * (w.smoothing - stats[FKD_MISS]) + constant;
+        }
+    }
+
+    // What remains of the gradient at the label is at_label: softmax(s) - 1 would lose it for a sure student.
+    FKD_GPU_MEMBER float operator()(float s, float t, bool own = false) const {
+        return careful ? plain(s, t, own) : fast(s, t, own);
+    }
+
+    FKD_GPU_MEMBER float fast(float s, float t, bool own = false) const {
+        const float x_s = std::fma(s, k.s, -max_s), e_s = power(x_s);
+        float y = 0;
+        if (V::hard != Hard::off) {
+            const float e_1 = V::hard == Hard::same     ? e_s
+                              : V::hard == Hard::square ? e_s * e_s
+                                                        : power(std::fma(s, static_cast<float>(kLog2E), -hard_point));
+            y = own ? at_label : std::fma(by_1, e_1, constant);
+        }
+        if (!V::soft) return y;
+        const float x_t = std::fma(t, k.t, -max_t), e_t = power(x_t);
+        float d = std::fma(x_s - x_t, kLn2f, from);  // log(q / p)
+        if (V::fine && !(V::general && tempered))
+            d = std::fma((s - centre.first_s) - (t - centre.first_t) - centre.then, k.natural, -log_ratio);
+        const float growth = V::fine ? small_growth(d) : std::fma(d, 0.5f * d, d);
+        const float small = V::fine ? kSmall : kSmall16;
+        const float difference = std::fabs(d) < small ? e_t * growth : std::fma(ratio, e_s, -e_t);
+        return V::hard == Hard::off ? by_t * difference : std::fma(by_t, difference, y);
+    }
+
+    // With the formulas of row_math.h as they stand: for logits too large for an FMA.
+    FKD_GPU_MEMBER float plain(float s, float t, bool own) const {
+        const Pair pair = exponentials(s, tempered ? (t - teacher_from) * teacher_factor : t, centre, scales);
+        float y = own ? at_label : constant;
+        if (V::hard != Hard::off && !own && labelled)
+            y += hard * hard_exponential<V::hard>(pair.e_s, s, centre.student);
+        if (!V::soft) return y;
+        return y + soft * probability_difference(pair.e_s * per_z_s, pair.e_t * per_z_t, pair.delta - log_ratio);
+    }
+};
+
+template <class V>
+FKD_GPU void store(typename V::Student::Bits* to, float x) {
+    *to = V::Student::narrowed(x);
+}
+
+// One column a lane: rows' ends, the columns around the label, and whatever is not aligned alike.
+template <class V>
+FKD_GPU void fill_columns(const RowView<V>& row, const RowGradient<V>& g, typename V::Student::Bits* out, int begin,
+                           int end, int label) {
+#pragma unroll 1
+    for (int column = begin + lane_index(); column < end; column += kWarp)
+        store<V>(out + column, g(row.s(column), row.t(column), column == label));
+}
+
+template <class V>
+FKD_GPU void fill_steps(const RowView<V>& row, const RowGradient<V>& g, typename V::Student::Bits* out, int steps,
+                         int left_out) {
+    const int first = (left_out == 0) * kStep + lane_index() * kGroup;
+    RowView<V> at = row.from(first);
+    out += first;
+#pragma unroll 1
+    for (int i = 1; i <= steps; ++i) {
+        float s[kChunk], t[kChunk];
+        load_chunk<V, true>(at, s, t);
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) s[j] = g.fast(s[j], t[j]);
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j)
+            store_group(typename V::Student(), s + j * kGroup, out + j * kWarp * kGroup);
+        const int next = i == left_out ? 2 * kStep : kStep;
+        at = at.from(next);
+        out += next;
+    }
+}
+
+template <class V>
+FKD_GPU void section_gradient(const RowView<V>& row, const RowGradient<V>& g, typename V::Student::Bits* out, int n,
+                               int label) {
+    // 16-byte stores start at the first column that lies so; loads have to agree.
+    const int past = static_cast<int>(reinterpret_cast<uintptr_t>(out) % 16);
+    const int ahead = past == 0 ? 0 : (16 - past) / static_cast<int>(sizeof(typename V::Student::Bits));
+    const RowView<V> body = row.from(ahead);
+    const int steps = body.aligned() && !g.careful && ahead < n ? (n - ahead) / kStep : 0;
+    const int last = ahead + steps * kStep;
+    const bool here = label >= ahead && label < last;
+    const int labelled = here ? (label - ahead) / kStep : steps;
+    if (steps > here) fill_steps(body, g, out + ahead, steps - here, labelled);
+    const int middle = ahead + labelled * kStep;
+#pragma unroll 1
+    for (int i = 0; i < 3; ++i) {  // before them, the step with the label, after them; or everything
+        const int begin = i == 0 ? 0 : i == 1 ? middle : last;
+        const int end = i == 0 ? ahead : i == 1 ? middle + here * kStep : n;
+        if (steps > 0 || i == 2) fill_columns(row, g, out, steps > 0 ? begin : 0, end, label);
+    }
+}
+
+}  // namespace fused_kd

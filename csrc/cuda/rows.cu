@@ -1,0 +1,262 @@
+// The three verbs on NVIDIA GPUs. A row is a sequence of sections at fixed columns; a warp takes one at a time and its
+// lanes keep to themselves until its end. The pieces meet in shared memory where a block has the whole row, else, for
+// few rows, in device memory: the same sums in the same order, so that a row's bits do not depend on the batch.
+#include <algorithm>
+
+#include "backward.h"
+#include "finish.h"
+
+namespace fused_kd {
+namespace {
+
+constexpr int kMaxWarps = 16;
+constexpr int kForwardWarps = 8;
+constexpr int kFusedWarps = 16;  // few rows at a time: they stay in the L2 cache for their second visit
+constexpr int kSplitWarps = 4;
+// A row of more sections than this is always shared by blocks.
+constexpr int kMaxPieces = 256;
+
+// One block: a slice of a row's sections; forward, finish if they are all of the row, backward in reverse.
+template <class V>
+__global__ void __launch_bounds__(kMaxWarps* kWarp) rows_kernel(const Work w) {
+    __shared__ Piece shared_pieces[kMaxPieces];
+    __shared__ float shared_stats[FKD_STATS];
+    const int64_t row = blockIdx.x / static_cast<unsigned>(w.slices);
+    const int slice = static_cast<int>(blockIdx.x % static_cast<unsigned>(w.slices));
+    const int64_t target = w.targets[row];
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+    const int stride = warps * w.slices;
+    const int first = slice * warps + warp;
+    const bool read = readable(target, w.columns);
+    const RowView<V> view(w, row);
+    float* stats = w.whole && w.backward ? shared_stats : w.stats + row * FKD_STATS;
+
+    if (w.forward) {
+        Piece* pieces = w.whole ? shared_pieces : w.pieces + row * w.sections;
+        for (int section = first; read && section < w.sections; section += stride) {
+            const Range at(w, section, target);
+            const Piece piece = packed(section_sums<V>(w, view.from(at.begin), at.n, at.label));
+            if (lane_index() == 0) pieces[section] = piece;
+        }
+        if (w.whole) {
+            __syncthreads();
+            if (warp == 0) finish_row(w, row, target, pieces, stats);
+        }
+    }
+    if (w.backward) {
+        if (w.forward) __syncthreads();
+        auto* out = static_cast<typename V::Student::Bits*>(w.gradient.data) + row_offset(w.gradient, row);
+        const int sections = w.sections;
+        if (read && first < sections) {
+            const RowGradient<V> gradient(w, row, target, stats);
+            // The sections read last are still in a cache.
+            for (int section = first + (sections - 1 - first) / stride * stride; section >= 0; section -= stride) {
+                const Range at(w, section, target);
+                section_gradient<V>(view.from(at.begin), gradient, out + at.begin, at.n, at.label);
+            }
+        }
+        // Rows without a term, and the student's columns that the teacher lacks.
+        const float value = read ? 0.0f : unread_value(target);
+        for (int64_t column = (read ? w.columns : 0) + first * kWarp + lane_index(); column < w.gradient.columns;
+             column += stride * kWarp)
+            store<V>(out + column, column < w.columns ? value : 0.0f);
+    }
+}
+
+// One warp a row whose pieces lie in device memory.
+__global__ void finish_kernel(const Work w) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+    if (row < w.rows) finish_row(w, row, w.targets[row], w.pieces + row * w.sections, w.stats + row * FKD_STATS);
+}
+
+// The device, for as long as this lives.
+class OnDevice {
+  public:
+    explicit OnDevice(int64_t device) {
+        error = cudaGetDevice(&before_);
+        if (error == cudaSuccess && before_ != static_cast<int>(device)) {
+            error = cudaSetDevice(static_cast<int>(device));
+            moved_ = error == cudaSuccess;
+        }
+    }
+    ~OnDevice() {
+        if (moved_) cudaSetDevice(before_);
+    }
+    cudaError_t error;
+
+  private:
+    int before_ = 0;
+    bool moved_ = false;
+};
+
+template <class Kernel>
+cudaError_t launch(Kernel* kernel, int64_t blocks, int warps, const Work& w, void* stream) {
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    Work copy = w;
+    void* arguments[] = {&copy};
+    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(warps * kWarp)),
+                            arguments, size_t(0), static_cast<cudaStream_t>(stream));
+}
+
+using RowsKernel = void(const Work);
+
+template <class S>
+RowsKernel* kernel_of(const Work& w) {
+    // The gradient knows no entropy, and always adds what smoothing asks for.
+    const bool options = w.tempered || (w.forward && (w.entropy || w.smoothing > 0));
+    if (!w.use_soft) return rows_kernel<Variant<S, S, false, Hard::same, false>>;
+    if (options || w.teacher.dtype != w.student.dtype)
+        return rows_kernel<Variant<S, AnyDtype, true, Hard::exponential, true>>;
+    if (!w.use_hard) return rows_kernel<Variant<S, S, true, Hard::off, false>>;
+    if (w.temperature == 1) return rows_kernel<Variant<S, S, true, Hard::same, false>>;
+    if (w.temperature == 2) return rows_kernel<Variant<S, S, true, Hard::square, false>>;
+    return rows_kernel<Variant<S, S, true, Hard::exponential, false>>;
+}
+
+RowsKernel* kernel_for(const Work& w) {
+    switch (w.student.dtype) {
+        case FKD_BFLOAT16: return kernel_of<Bfloat16>(w);
+        case FKD_FLOAT16: return kernel_of<Float16>(w);
+        default: return kernel_of<Float32>(w);
+    }
+}
+
+int sections_of(int64_t columns) { return static_cast<int>((columns + kSection - 1) / kSection); }
+
+// Few rows are shared by blocks: where whole rows would leave most of the GPU without work.
+bool splits(int64_t rows, int sections, int64_t device) {
+    if (sections == 1) return false;
+    if (sections > kMaxPieces) return true;
+    int multiprocessors = 0;
+    if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, static_cast<int>(device)) != cudaSuccess)
+        return true;
+    return rows < 4 * multiprocessors;
+}
+
+Work work_for(const FkdRows& student, const FkdRows& teacher, const int64_t* targets, const FkdLoss& loss) {
+    Work w = {};
+    w.student = student;
+    w.teacher = teacher;
+    w.targets = targets;
+    w.rows = row_count(student);
+    w.columns = std::min(student.columns, teacher.columns);
+    w.sections = sections_of(w.columns);
+    w.use_soft = loss.soft != 0;
+    w.use_hard = loss.hard != 0;
+    // Without the soft term there is one temperature: that of the hard term, 1.
+    const double temperature = loss.soft ? loss.temperature : 1.0;
+    const double teacher_temperature = loss.soft ? loss.teacher_temperature : 1.0;
+    w.temperature = static_cast<float>(temperature);
+    w.k_s = static_cast<float>(kLog2E / temperature);
+    w.k_t = static_cast<float>(kLog2E / teacher_temperature);
+    w.unit = static_cast<float>(1 / temperature);
+    w.tempered = temperature != teacher_temperature;
+    w.teacher_factor = static_cast<float>(temperature / teacher_temperature);
+    w.entropy = loss.soft && loss.divergence == FKD_CROSS_ENTROPY;
+    w.smoothing = loss.hard ? static_cast<float>(loss.label_smoothing) : 0.0f;
+    return w;
+}
+
+cudaError_t run(Work w, int warps, bool split, void* stream) {
+    if (w.rows == 0) return cudaSuccess;
+    RowsKernel* kernel = kernel_for(w);
+    const bool forward = w.forward, backward = w.backward;
+    w.whole = !split;
+    if (!split) {
+        w.slices = 1;
+        return launch(kernel, w.rows, std::min(warps, w.sections), w, stream);
+    }
+    const int each = std::min(kSplitWarps, w.sections);
+    w.slices = (w.sections + each - 1) / each;
+    cudaError_t error = cudaSuccess;
+    if (forward) {
+        w.backward = false;
+        error = launch(kernel, w.rows * w.slices, each, w, stream);
+        if (error == cudaSuccess) error = launch(finish_kernel, (w.rows + kSplitWarps - 1) / kSplitWarps, kSplitWarps, w, stream);
+    }
+    if (backward && error == cudaSuccess) {
+        w.forward = false;
+        w.backward = true;
+        error = launch(kernel, w.rows * w.slices, each, w, stream);
+    }
+    return error;
+}
+
+}  // namespace
+}  // namespace fused_kd
+
+using namespace fused_kd;
+
+int64_t fkd_abi_version(void) { return FKD_ABI_VERSION; }
+
+int64_t fkd_cuda_scratch(const FkdRows* student, const FkdRows* teacher, int64_t verb, int64_t device) {
+    const int64_t rows = row_count(*student);
+    const int sections = sections_of(std::min(student->columns, teacher->columns));
+    if (!(verb & FKD_FORWARD) || !splits(rows, sections, device)) return 0;
+    return rows * (sections * static_cast<int64_t>(sizeof(Piece)) +
+                   (verb == FKD_FUSED ? FKD_STATS * static_cast<int64_t>(sizeof(float)) : 0));
+}
+
+int64_t fkd_cuda_rows_forward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
+                              const FkdLoss* loss, float* soft, float* hard, float* stats, void* scratch,
+                              int64_t device, void* stream) {
+    const OnDevice on(device);
+    if (on.error != cudaSuccess) return on.error;
+    Work w = work_for(*student, *teacher, targets, *loss);
+    w.forward = true;
+    w.soft = soft;
+    w.hard = hard;
+    w.stats = stats;
+    w.pieces = static_cast<Piece*>(scratch);
+    return run(w, kForwardWarps, splits(w.rows, w.sections, device), stream);
+}
+
+int64_t fkd_cuda_rows_backward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
+                               const FkdLoss* loss, const float* stats, const float* grad_soft,
+                               const float* grad_hard, const FkdRows* gradient, int64_t device, void* stream) {
+    const OnDevice on(device);
+    if (on.error != cudaSuccess) return on.error;
+    Work w = work_for(*student, *teacher, targets, *loss);
+    w.backward = true;
+    w.stats = const_cast<float*>(stats);
+    w.grad_soft = grad_soft;
+    w.grad_hard = grad_hard;
+    w.gradient = *gradient;
+    return run(w, kForwardWarps, true, stream);
+}
+
+int64_t fkd_cuda_rows_fused(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
+                            const FkdLoss* loss, const float* coef_soft, const float* coef_hard, float* soft,
+                            float* hard, const FkdRows* gradient, void* scratch, int64_t device, void* stream) {
+    const OnDevice on(device);
+    if (on.error != cudaSuccess) return on.error;
+    Work w = work_for(*student, *teacher, targets, *loss);
+    w.forward = w.backward = true;
+    w.soft = soft;
+    w.hard = hard;
+    w.grad_soft = coef_soft;
+    w.grad_hard = coef_hard;
+    w.gradient = *gradient;
+    w.pieces = static_cast<Piece*>(scratch);
+    if (scratch) w.stats = reinterpret_cast<float*>(w.pieces + w.rows * w.sections);
+    return run(w, kFusedWarps, splits(w.rows, w.sections, device), stream);
+}
+
+int64_t fkd_cuda_usable(int64_t device) {
+    const OnDevice on(device);
+    if (on.error != cudaSuccess) return on.error;
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, finish_kernel);
+    cudaGetLastError();  // it is answered here, and is not to be found by whoever asks next
+    return error;
+}
+
+const char* fkd_cuda_error_text(int64_t code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+int64_t fkd_cuda_on_host(void) {
+#if defined(__CUDACC__)
+    return 0;
+#else
+    return 1;
+#endif
+}

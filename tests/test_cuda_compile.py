@@ -1,0 +1,86 @@
+"""The machine code of the CUDA kernels, in the library that setup.py built: every variant, dtype and architecture.
+
+What stays unchecked: time, the driver's part, and memory order between warps.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")  # its wheel has cuobjdump and nvdisasm
+from cuda_code import DTYPES, VARIANTS, code, library, targets
+from static_bounds import EXPONENTIALS
+
+FOUND = library()
+if isinstance(FOUND, str):
+    pytest.skip(f"no CUDA library: {FOUND}", allow_module_level=True)
+
+# Instructions and exponentials a pair, bf16, sm_90: what is reached, rounded up. A change that costs more is seen.
+LIMITS = {
+    "forward, any tau": (36, 3.3),
+    "forward, tau = 2": (33.5, 2.3),
+    "forward, tau = 1": (33.5, 2.3),
+    "forward, soft term": (32.5, 2.3),
+    "forward, hard term": (11, 1.3),
+    "forward, all options": (45.5, 3.3),
+    "backward, any tau": (19, 3.0),
+    "backward, tau = 2": (18, 2.0),
+    "backward, tau = 1": (17, 2.0),
+    "backward, soft term": (16, 2.0),
+    "backward, hard term": (6, 1.0),
+    "backward, all options": (21, 3.0),
+}
+
+
+@pytest.fixture(scope="module")
+def architectures() -> list[str]:
+    found = targets()
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_spills_and_whole_accesses(variant: str, dtype: str, architectures: list[str]) -> None:
+    for arch in architectures:
+        hot = code(variant, arch, dtype)
+        assert hot.spilled == 0, arch
+        assert hot.in_loop("SHFL", "BAR", "LDS", "STS") == 0, arch  # lanes keep to themselves
+        assert hot.narrow("LDG") == hot.narrow("STG") == 0, arch
+        stores = 2 if dtype != "fp32" else 4
+        assert hot.in_loop("STG") == (stores if variant.startswith("backward") else 0), arch
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_instructions_and_exponentials(variant: str, architectures: list[str]) -> None:
+    instructions, exponentials = LIMITS[variant]
+    for arch in architectures:
+        assert code(variant, arch).per_pair(*EXPONENTIALS) <= exponentials, arch
+        if arch == "sm_90":
+            assert code(variant, arch).per_pair() <= instructions
+
+
+def test_it_exports_its_interface_and_nothing_else(tmp_path: Path) -> None:
+    names = subprocess.run(
+        ["nm", "-D", "--defined-only", str(FOUND)], capture_output=True, text=True, check=True
+    ).stdout
+    exported = {line.split()[-1] for line in names.splitlines()}
+    assert {name for name in exported if not name.startswith("_")} == {
+        "fkd_abi_version",
+        "fkd_cuda_error_text",
+        "fkd_cuda_on_host",
+        "fkd_cuda_rows_backward",
+        "fkd_cuda_rows_forward",
+        "fkd_cuda_rows_fused",
+        "fkd_cuda_scratch",
+        "fkd_cuda_usable",
+    }
+
+
+def test_it_needs_no_cuda_library_to_load() -> None:
+    needed = subprocess.run(["readelf", "-d", str(FOUND)], capture_output=True, text=True, check=True).stdout
+    assert "libcudart" not in needed
+    assert "libcuda.so" not in needed
