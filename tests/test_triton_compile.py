@@ -25,12 +25,12 @@ LIMITS = {
     "forward, soft term": (26.5, 2.3),
     "forward, hard term": (7, 1.1),
     "forward, all options": (33, 3.3),
-    "backward, any tau": (18.5, 3.0),
-    "backward, tau = 2": (17.5, 2.0),
+    "backward, any tau": (18, 3.0),
+    "backward, tau = 2": (17, 2.0),
     "backward, tau = 1.5": (18.5, 2.0),
     "backward, soft term": (15.5, 2.0),
     "backward, hard term": (6, 1.0),
-    "backward, all options": (18.5, 3.0),
+    "backward, all options": (18, 3.0),
 }
 for _name in SWITCHES:  # the fused verb does what both do
     _both = zip(LIMITS[f"forward, {_name}"], LIMITS[f"backward, {_name}"], strict=True)

@@ -354,12 +354,15 @@ def section_gradient(
     first, plain, labelled, edges, last = section_tiles(section, vocabulary, label, SECTION, TILE)
     # VECTOR wide, so that logits of both dtypes lie in the threads alike.
     within = group_columns(GROUPS * LANES, VECTOR)
+    # Addresses of the first tile, so that the loop has one number to add.
+    student_tile, teacher_tile, out_tile = student + first + within, teacher + first + within, out + first + within
     for i in range(plain):
-        start = first + (i + (i >= labelled).to(tl.int32)) * TILE
-        s = loaded(student, start, within, vocabulary, False, False)
-        t = loaded(teacher, start, within, vocabulary, False, False) if SOFT else s
-        g = gradient(s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, False)
-        tl.store(out + start + within, g.to(out.dtype.element_ty), cache_modifier=".cs")
+        start = (i + (i >= labelled).to(tl.int32)) * TILE
+        s = loaded(student_tile, start, 0, vocabulary, False, False)
+        t = loaded(teacher_tile, start, 0, vocabulary, False, False) if SOFT else s
+        columns = first + start + within
+        g = gradient(s, t, columns, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, False)
+        tl.store(out_tile + start, g.to(out.dtype.element_ty), cache_modifier=".cs")
     for i in range(edges):
         start = first + tl.where(i == 0, labelled, last) * TILE
         s = loaded(student, start, within, vocabulary, True, False)
