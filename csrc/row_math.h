@@ -118,9 +118,10 @@ struct Centre {
     }
 };
 
-// Of some of a block's columns: the mean of s - t, weighted by e_t; and the sum of e_t that the block must have.
+// Of some of a block's columns: the mean of s - t, weighted by e_t; the sum of e_t that the block must have; and the
+// variance of s - t.
 struct Sample {
-    float difference, mass;
+    float difference, mass, variance;
 };
 
 // The centre of a block with these maxima, so that delta is small for what most of p lies on. Where one token has it
@@ -146,12 +147,14 @@ FKD_MATH float hard_exponential(float e_s, float s, float student_max) {
 
 struct Pair {
     float e_s, e_t, delta;
+    float x_t;  // e_t = 2^x_t
 };
 
 FKD_MATH Pair exponentials(float s, float t, const Centre& m, const Scales& k) {
     Pair r;
+    r.x_t = (t - m.teacher) * k.log2;
     r.e_s = exp2_of((s - m.student) * k.log2);
-    r.e_t = exp2_of((t - m.teacher) * k.log2);
+    r.e_t = exp2_of(r.x_t);
     r.delta = (((s - m.first_s) - (t - m.first_t)) - m.then) * k.unit;
     return r;
 }
@@ -161,21 +164,19 @@ struct Share {
     float b1, b2, excess;
 };
 
-// `plain` is e_s - e_t as it comes. (Scalars, not a Pair: GCC 12 does not vectorise a loop that takes the address of a
-// struct of its own.)
-FKD_MATH Share share(float plain, float e_t, float delta) {
-    const float b1 = e_t > 0 ? e_t * delta : 0.0f;  // 0 log 0 = 0; -inf student: -inf
+// `plain` is e_s - e_t as it comes, `counts` whether e_t > 0. (Scalars, not a Pair: GCC 12 does not vectorise a loop that
+// takes the address of a struct of its own.)
+FKD_MATH Share share(float plain, float e_t, float delta, bool counts) {
+    const float b1 = counts ? e_t * delta : 0.0f;  // 0 log 0 = 0; -inf student: -inf
     const bool small = std::fabs(delta) < kSmall;
     const float b2 = small ? b1 * phi_over_delta(delta) : plain - b1;
     return {b1, b2, small ? b1 + b2 : plain};
 }
 
-// exp(d) - 1 for |d| < kSmall.
-FKD_MATH float small_growth(float d) { return d + d * phi_over_delta(d); }
-
-// q - p from p, q and log(q / p), without cancellation.
+// q - p from q, p, both times any factor, and log(q / p), without cancellation: (q + p) tanh(log_ratio / 2).
 FKD_MATH float probability_difference(float q, float p, float log_ratio) {
-    return std::fabs(log_ratio) < kSmall ? p * small_growth(log_ratio) : q - p;
+    const float half_tanh = log_ratio * (0.5f - log_ratio * log_ratio * 0.0416128f);  // within 4e-7 below kSmall
+    return std::fabs(log_ratio) < kSmall ? (q + p) * half_tanh : q - p;
 }
 
 // A piece of a row. Pieces merge associatively, whatever maxima they were measured from.

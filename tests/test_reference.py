@@ -136,6 +136,26 @@ def test_near_convergence(
         assert (gradient.double() - exact_gradient).norm() <= 2e-6 * exact_gradient.norm()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 8.0])
+@pytest.mark.parametrize("vocabulary", [700, 20000])
+def test_at_any_distance(vocabulary: int, temperature: float, backend: str) -> None:
+    """From a close student to one far off: wherever a backend changes from one form of the KL to another."""
+    generator = torch.Generator().manual_seed(3)
+    sigma = torch.linspace(0.3, 1.5, 25).unsqueeze(1) * temperature**0.5
+    teacher = torch.randn(25, vocabulary, generator=generator) * 3
+    student = teacher + sigma * torch.randn(25, vocabulary, generator=generator)
+    options = {"alpha": 1.0, "temperature": temperature, "t2_scaling": False, "reduction": "none"}
+    exact = student.double().requires_grad_()
+    expected = kd_loss(exact, teacher.double(), **options)
+    student.requires_grad_()
+    loss = fused_kd_loss(student, teacher, backend=backend, **options)
+    assert isinstance(loss, torch.Tensor)
+    torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=5e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    (exact_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    assert (gradient.double() - exact_gradient).norm() <= 2e-6 * exact_gradient.norm()
+
+
 def test_identical_logits_are_zero(backend: str) -> None:
     student, _ = make_logits("wide", 3, 5000)
     student.requires_grad_()

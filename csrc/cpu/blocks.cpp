@@ -54,17 +54,28 @@ const typename Dtype::Bits* elements(const void* data, Dtype) {
 // A block's sums are kept in this many lanes, whatever the width of the machine's vectors: so their order, and with it
 // a row's bits, depends on neither that nor the alignment of the data.
 constexpr int kLanes = 16;
+// So many columns before they are read, memory is asked for the logits of a gradient.
+constexpr int kAhead = 512;
 
-FKD_MATH float total(float* lanes) {
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-    return lanes[0];
+// All lanes as one: halves onto halves, in an order that no width of a vector changes.
+template <int lanes, class T, class Join>
+FKD_MATH T joined(const T* x, const Join& join) {
+    if constexpr (lanes == 1) {
+        return x[0];
+    } else {
+        T half[lanes / 2];
+        FKD_SIMD
+        for (int l = 0; l < lanes / 2; ++l) half[l] = join(x[l], x[l + lanes / 2]);
+        return joined<lanes / 2>(half, join);
+    }
 }
+FKD_MATH float total(const float* lanes) { return joined<kLanes>(lanes, [](float a, float b) { return a + b; }); }
 
 // Asks memory for the next block's columns j .. j + width: a little at a time, so that it comes during the arithmetic.
+template <int streams>
 FKD_MATH void fetch(const Ahead& a, int j, int width) {
     for (int l = 0; l < width; l += kLanes)
-        for (int i = 0; i < kStreams; ++i) FKD_PREFETCH(a.at[i] + (j + l) * a.size[i]);
+        for (int i = 0; i < streams; ++i) FKD_PREFETCH(a.at[i] + (j + l) * a.size[i]);
 }
 
 // The last columns of a block that do not fill its lanes, with -inf in the others: those add nothing.
@@ -80,27 +91,38 @@ struct Tail {
     }
 };
 
-template <Hard hard, bool keep>
+// With `close`, what B2 has of each column is summed; without, it is what the other sums leave, and delta only has to be
+// as exact as they are.
+template <Hard hard, bool close, bool keep>
 FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict t, int n, Centre m, Scales k,
                              float* __restrict excess, float* __restrict e_t, float* __restrict e_1, Ahead ahead) {
     float z_s[kLanes] = {}, z_t[kLanes] = {}, b1[kLanes] = {}, b2[kLanes] = {}, z_1[kLanes] = {};
     const auto step = [&](const float* __restrict x, const float* __restrict w, int j) FKD_INLINED {
-        fetch(ahead, j, kLanes);
+        fetch<keep ? kStreams : 2>(ahead, j, kLanes);
         FKD_SIMD
         for (int l = 0; l < kLanes; ++l) {
             const Pair pair = exponentials(x[l], w[l], m, k);
-            const Share part = share(pair.e_s - pair.e_t, pair.e_t, pair.delta);
             z_s[l] += pair.e_s;
             z_t[l] += pair.e_t;
-            b1[l] += part.b1;
-            b2[l] += part.b2;
+            const bool counts = pair.x_t >= kFlush;
+            float difference;
+            if (close) {
+                const Share part = share(pair.e_s - pair.e_t, pair.e_t, pair.delta, counts);
+                b1[l] += part.b1;
+                b2[l] += part.b2;
+                difference = part.excess;
+            } else {
+                const float delta = (x[l] - m.student) - (w[l] - m.teacher);
+                b1[l] += counts ? pair.e_t * delta : 0.0f;
+                difference = keep ? probability_difference(pair.e_s, pair.e_t, pair.delta) : 0.0f;
+            }
             if (hard != Hard::off) {
                 const float e = hard_exponential<hard>(pair.e_s, x[l], m.student);
                 z_1[l] += e;
                 if (keep && hard == Hard::exponential) e_1[j + l] = e;
             }
             if (keep) {
-                excess[j + l] = part.excess;
+                excess[j + l] = difference;
                 e_t[j + l] = pair.e_t;
             }
         }
@@ -108,32 +130,40 @@ FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict 
     int j = 0;
     for (; j + kLanes <= n; j += kLanes) step(s + j, t + j, j);
     if (j < n) step(Tail<Float32, kLanes>::of(s + j, n - j).x, Tail<Float32, kLanes>::of(t + j, n - j).x, j);
-    return {total(z_s), total(z_t), total(b1), total(b2), total(z_1)};
+    BlockSums sums = {total(z_s), total(z_t), total(b1), total(b2), total(z_1)};
+    if (!close) {
+        sums.b1 *= k.unit;
+        sums.b2 = sums.z_s - sums.z_t - sums.b1;
+    }
+    return sums;
 }
 
 template <Hard hard, class Dtype, class Teacher>
 FKD_CLONES void gradient_of(const typename Dtype::Bits* s, const typename Teacher::Bits* t, int n, GradientScales r,
-                            Scales k, typename Dtype::Bits* g, Ahead ahead) {
+                            Scales k, typename Dtype::Bits* g) {
     constexpr int lanes = kLanes * 4 / sizeof(*g);
-    const float by_e_s = r.soft * r.per_z_s, by_e_t = r.soft * r.per_z_t;
+    const float by_e_t = r.soft * r.per_z_t, ratio = r.per_z_s / r.per_z_t;
     // (No __restrict: g may be s.)
-    const auto step = [&](const auto* x, const auto* w, auto* out, int j) FKD_INLINED {
-        fetch(ahead, j, lanes);
+    const auto step = [&](const auto* x, const auto* w, auto* out) FKD_INLINED {
+        for (int l = 0; l < lanes; l += kLanes) {
+            FKD_PREFETCH(x + kAhead + l);
+            FKD_PREFETCH(w + kAhead + l);
+        }
         FKD_SIMD
         for (int l = 0; l < lanes; ++l) {
             const float logit = Dtype::widened(x[l]);
             const Pair pair = exponentials(logit, Teacher::widened(w[l]), r.centre, k);
-            const float log_ratio = pair.delta - r.log_ratio;
-            float y = probability_difference(pair.e_s * by_e_s, pair.e_t * by_e_t, log_ratio) + r.constant;
+            const float difference = probability_difference(ratio * pair.e_s, pair.e_t, pair.delta - r.log_ratio);
+            float y = r.constant;
             if (hard != Hard::off) y += r.hard * hard_exponential<hard>(pair.e_s, logit, r.centre.student);
-            out[l] = Dtype::narrowed(y);
+            out[l] = Dtype::narrowed(y + by_e_t * difference);
         }
     };
     int j = 0;
-    for (; j + lanes <= n; j += lanes) step(s + j, t + j, g + j, j);
+    for (; j + lanes <= n; j += lanes) step(s + j, t + j, g + j);
     if (j < n) {
         typename Dtype::Bits out[lanes];
-        step(Tail<Dtype, lanes>::of(s + j, n - j).x, Tail<Teacher, lanes>::of(t + j, n - j).x, out, j);
+        step(Tail<Dtype, lanes>::of(s + j, n - j).x, Tail<Teacher, lanes>::of(t + j, n - j).x, out);
         std::memcpy(g + j, out, sizeof(*g) * static_cast<size_t>(n - j));
     }
 }
@@ -186,25 +216,30 @@ FKD_CLONES void widen_all(const typename Dtype::Bits* __restrict x, int n, float
 
 }  // namespace
 
-BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, const Kept* kept,
-                     const Ahead& ahead) {
+BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, bool far,
+                     const Kept* kept, const Ahead& ahead) {
     return with_hard(hard, [&](auto h) {
-        return kept ? sums_of<h.value, true>(s, t, n, m, k, kept->excess, kept->e_t, kept->e_1, ahead)
-                    : sums_of<h.value, false>(s, t, n, m, k, nullptr, nullptr, nullptr, ahead);
+        const auto sums = [&](auto close) {
+            return kept ? sums_of<h.value, close.value, true>(s, t, n, m, k, kept->excess, kept->e_t, kept->e_1, ahead)
+                        : sums_of<h.value, close.value, false>(s, t, n, m, k, nullptr, nullptr, nullptr, ahead);
+        };
+        if (far) {
+            const BlockSums a = sums(std::false_type());
+            if (a.b2 >= kFar * a.z_t) return a;
+        }
+        return sums(std::true_type());
     });
 }
 
-void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r, const Scales& k, Output g,
-                    const Ahead& ahead) {
+void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r, const Scales& k, Output g) {
     with_hard(hard, [&](auto h) {
         with_dtype(g.dtype, [&](auto d) {
             const auto* student = elements(s.data, d);
             auto* gradient = elements(g.data, d);
             if (t.dtype == s.dtype)
-                gradient_of<h.value, decltype(d), decltype(d)>(student, elements(t.data, d), n, r, k, gradient, ahead);
+                gradient_of<h.value, decltype(d), decltype(d)>(student, elements(t.data, d), n, r, k, gradient);
             else
-                gradient_of<h.value, decltype(d), Float32>(student, elements(t.data, Float32()), n, r, k, gradient,
-                                                           ahead);
+                gradient_of<h.value, decltype(d), Float32>(student, elements(t.data, Float32()), n, r, k, gradient);
         });
     });
 }
@@ -239,13 +274,23 @@ float block_hard_sum(const float* s, int n, float student_max, float* e_1) {
 }
 
 FKD_CLONES float block_maximum(const float* x, int n) {
-    float m = kLowest;
-    int nan = 0;
-    _Pragma("omp simd reduction(max : m) reduction(| : nan)") for (int j = 0; j < n; ++j) {
-        m = m < x[j] ? x[j] : m;
-        nan |= x[j] != x[j];
-    }
-    return nan ? NAN : m;
+    constexpr int lanes = 2 * kLanes;
+    float top[lanes];
+    int32_t magnitude[lanes] = {};  // the bits of |x|: as integers, those of a NaN are the largest
+    for (int l = 0; l < lanes; ++l) top[l] = kLowest;
+    const auto step = [&](const float* y) FKD_INLINED {
+        FKD_SIMD
+        for (int l = 0; l < lanes; ++l) {
+            const int32_t bits = static_cast<int32_t>(bits_of(y[l]) & 0x7fffffffu);
+            top[l] = top[l] < y[l] ? y[l] : top[l];
+            magnitude[l] = magnitude[l] < bits ? bits : magnitude[l];
+        }
+    };
+    int j = 0;
+    for (; j + lanes <= n; j += lanes) step(x + j);
+    if (j < n) step(Tail<Float32, lanes>::of(x + j, n - j).x);
+    const bool nan = joined<lanes>(magnitude, larger<int32_t>) > 0x7f800000;
+    return nan ? NAN : joined<lanes>(top, larger<float>);
 }
 
 FKD_CLONES double block_sum(const float* x, int n) {
@@ -257,16 +302,18 @@ FKD_CLONES double block_sum(const float* x, int n) {
 
 FKD_CLONES Sample block_sample(const float* s, const float* t, int n, float teacher_max, Scales k) {
     const int some = n < 64 ? n : 64;
-    float difference = 0, mass = 0;
-    FKD_SIMD_SUM(difference, mass)
+    float difference = 0, square = 0, mass = 0;
+    FKD_SIMD_SUM(difference, square, mass)
     for (int j = 0; j < some; ++j) {
         const float d = s[j] - t[j], e_t = exp2_of((t[j] - teacher_max) * k.log2);
-        const bool finite = std::fabs(d) < 1e30f;
+        const bool finite = std::fabs(d) < 1e15f;
         difference += finite ? e_t * d : 0.0f;
+        square += finite ? e_t * d * d : 0.0f;
         mass += finite ? e_t : 0.0f;
     }
-    if (!(mass > 0)) return {0, 0};
-    return {difference / mass, mass * static_cast<float>(n) / static_cast<float>(some)};
+    if (!(mass > 0)) return {0, 0, 0};
+    difference /= mass;
+    return {difference, mass * static_cast<float>(n) / static_cast<float>(some), square / mass - difference * difference};
 }
 
 FKD_CLONES void block_scale(const float* x, int n, float from, float factor, float* out) {

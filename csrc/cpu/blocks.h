@@ -1,11 +1,11 @@
-// Loops over one block of a row: up to kBlock adjacent columns, all in L1. The arithmetic is float32 whatever the
+// Loops over one block of a row: up to kBlock adjacent columns, in L1 or L2. The arithmetic is float32 whatever the
 // logits' dtype: a block is widened when it is read, and the gradient is narrowed as it is written.
 #pragma once
 #include "../row_math.h"
 
 namespace fused_kd {
 
-constexpr int kBlock = 2048;
+constexpr int kBlock = 4096;
 
 // What the block after this one will touch, as streams side by side: the first byte of each, and its bytes a column.
 constexpr int kStreams = 6;
@@ -13,6 +13,9 @@ struct Ahead {
     const char* at[kStreams];
     int size[kStreams];
 };
+
+// Where B2 is at least this share of Z_t, float32 has enough of it in Z_s - Z_t - B1.
+constexpr float kFar = 0.25f;
 
 // Sums over one block, measured from its centre.
 struct BlockSums {
@@ -56,11 +59,11 @@ Sample block_sample(const float* s, const float* t, int n, float teacher_max, Sc
 void block_scale(const float* x, int n, float from, float factor, float* out);  // (x - from) * factor
 float block_entropy_sum(const float* t, int n, float teacher_max, const Scales& k);  // sum of e_t log2(e_t)
 float block_hard_sum(const float* s, int n, float student_max, float* e_1);  // e_1 may be null
-BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, const Kept* kept,
-                     const Ahead& ahead);  // kept may be null
+// `far`: whether the block is likely to be; kept may be null.
+BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, bool far,
+                     const Kept* kept, const Ahead& ahead);
 // t has the dtype of s or is float32, and g the dtype of s.
-void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r, const Scales& k,
-                    Output g, const Ahead& ahead);
+void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r, const Scales& k, Output g);
 void block_hard_gradient(const float* s, int n, const GradientScales& r, Output g);
 void block_gradient_of_kept(Hard hard, const Kept& kept, int n, const KeptFactors& f, Output g);
 void block_hard_gradient_of_kept(const Kept& kept, int n, const KeptFactors& f, Output g);

@@ -81,7 +81,7 @@ class Verb {
                         const float* widened = teacher.read(at.begin, at.n, buffer);
                         t = {teacher_scaled(widened, at.n, stat[FKD_TEACHER_MAX], buffer), FKD_FLOAT32};
                     }
-                    block_gradient(hard_, s, t, at.n, r, scales_, g, ahead(row, b, row, &gradient, nullptr));
+                    block_gradient(hard_, s, t, at.n, r, scales_, g);
                 });
             });
     }
@@ -230,9 +230,11 @@ class Verb {
             const float max_t = block_maximum(t, at.n);
             t = teacher_scaled(t, at.n, max_t, buffers[1]);
             const float top = scaled() ? 0 : max_t;
-            centre = centre_of(max_s, top, block_sample(s, t, at.n, top, scales_), scales_);
+            const Sample sample = block_sample(s, t, at.n, top, scales_);
+            centre = centre_of(max_s, top, sample, scales_);
+            const bool far = sample.variance * scales_.unit * scales_.unit > 4 * kFar;
             const Ahead next = ahead(row, b, before, gradient, keep ? w.kept.data() : nullptr);
-            const BlockSums sums = block_sums(hard_, s, t, at.n, centre, scales_, keep ? &kept : nullptr, next);
+            const BlockSums sums = block_sums(hard_, s, t, at.n, centre, scales_, far, keep ? &kept : nullptr, next);
             piece.max_t = scaled() ? static_cast<double>(max_t) * teacher_factor_ : centre.teacher;
             piece.z_s = sums.z_s;
             piece.z_t = sums.z_t;
@@ -315,6 +317,10 @@ class Verb {
         const Range at = range(b);
         if (b == blocks_ - 1) out.write_zeros(columns_, gradient.columns);
         if (targets_[row] == FKD_SKIP) return out.write_zeros(at.begin, at.begin + at.n);
+        if (std::isnan(r.log_ratio)) {  // whatever bits the logits' NaN has
+            for (int j = 0; j < at.n; ++j) narrow(NAN, out.output(at.begin + j));
+            return;
+        }
         const int64_t label = targets_[row] - at.begin;
         const bool here = labelled(row) && 0 <= label && label < at.n;
         const float at_label = here ? gradient_at_label(row, r) : 0;  // before the gradient overwrites the logits

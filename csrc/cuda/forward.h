@@ -83,7 +83,7 @@ struct Lanes {
             const float x_s = std::fma(s[i], k.s, -sums.max_s), e_s = power(x_s);
             if (V::soft) {
                 const float x_t = std::fma(t[i], k.t, -sums.max_t), e_t = power(x_t);
-                const Share part = share(std::fma(e_s, to_apart, -e_t), e_t, delta(s[i], t[i], x_s, x_t));
+                const Share part = share(std::fma(e_s, to_apart, -e_t), e_t, delta(s[i], t[i], x_s, x_t), e_t > 0);
                 sums.z_s = std::fma(e_s, to_apart, sums.z_s);
                 sums.z_t += e_t;
                 sums.b1 += part.b1;
@@ -189,7 +189,7 @@ FKD_GPU void add_carefully(Partial<float>& sums, const Work& w, const RowView<V>
         // The teacher's own temperature is a factor on its logits, once their maximum is taken off.
         const bool tempered = V::general && w.tempered;
         const float teacher_from = tempered ? max_t : 0.0f, top = tempered ? 0.0f : max_t;
-        Sample sample{at - top, 0};
+        Sample sample{at - top, 0, 0};
 #pragma unroll
         for (int i = 0; i < kFew; ++i) {
             t[i] = tempered ? (t[i] - teacher_from) * k.factor : t[i];
@@ -204,7 +204,7 @@ FKD_GPU void add_carefully(Partial<float>& sums, const Work& w, const RowView<V>
             const int column = first + i * kWarp;
             const Pair pair = exponentials(s[i], t[i], centre, k);
             if (V::soft) {
-                const Share part = share(pair.e_s - pair.e_t, pair.e_t, pair.delta);
+                const Share part = share(pair.e_s - pair.e_t, pair.e_t, pair.delta, pair.e_t > 0);
                 piece.z_s += pair.e_s;
                 piece.z_t += pair.e_t;
                 piece.b1 += part.b1;
