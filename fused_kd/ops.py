@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_kd import backends
 from fused_kd.backends.rows import STATS, RowOptions, row_dtype
 from fused_kd.checks import check_no_overlap
+from fused_kd.gradient_memory import empty_gradient
 
 
 def forward(student: Tensor, teacher: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +24,7 @@ def forward(student: Tensor, teacher: Tensor, targets: Tensor, *options: Any) ->
 
 def backward(student: Tensor, *rest: Any) -> Tensor:
     """The gradient of sum(grad_soft * soft + grad_hard * hard), contiguous, in the student's dtype and shape."""
-    out = student.new_empty(student.shape)
+    out = empty_gradient(student)
     _backward(student, *rest, out=out)
     return out
 
@@ -54,7 +55,7 @@ def fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N] and the gradient of sum(coef_soft * soft + coef_hard * hard), in one visit of each row."""
     rows = RowOptions(*options)
-    out = student.new_empty(student.shape)
+    out = empty_gradient(student)
     backend = backends.choose(rows.backend, student, teacher)
     soft, hard = backend.rows_fused(student, teacher, targets, coef_soft, coef_hard, rows, out)
     return soft, hard, out
