@@ -4,9 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import DTYPES, make_labels, make_logits
+from support import BACKENDS, DTYPES, make_labels, make_logits
 
 from fused_kd import fused_kd_loss
+from fused_kd.backends import PREFERENCE
+from fused_kd.backends.rows import RowOptions
 
 COLUMNS = 20011
 
@@ -59,3 +61,20 @@ def test_bits_do_not_depend_on_the_address(dtype: torch.dtype, backend: str) -> 
             torch.empty(COLUMNS + 32, dtype=dtype)[offset:][:COLUMNS].unsqueeze(0).copy_(x) for x in (student, teacher)
         ]
         assert same(run(moved[0], moved[1], labels, 2.0, backend), expected)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the way past the caches is the native CPU kernel's")
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("columns", [65544, 65541])
+def test_bits_of_a_gradient_larger_than_the_caches(columns: int, temperature: float) -> None:
+    """Written past them, where its rows are aligned."""
+    student, teacher = make_logits("wide", 130, columns)
+    targets, coef = make_labels(130, vocabulary=columns, ignored=0), torch.linspace(0.1, 1, 130)
+    options = RowOptions(temperature, temperature, "forward_kl", 0.0, True, True, "cpu")
+    fused = PREFERENCE["cpu"].rows_fused
+    whole = torch.full_like(student, 7)
+    fused(student, teacher, targets, coef, coef, options, whole)
+    parts = torch.full_like(student, 7)
+    for span in (slice(0, 60), slice(60, 130)):
+        fused(student[span], teacher[span], targets[span], coef[span], coef[span], options, parts[span])
+    assert torch.equal(whole, parts)

@@ -3,6 +3,10 @@
 
 #include <type_traits>
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 #include "../storage.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(FKD_NO_CLONES)
@@ -76,6 +80,15 @@ template <int streams>
 FKD_MATH void fetch(const Ahead& a, int j, int width) {
     for (int l = 0; l < width; l += kLanes)
         for (int i = 0; i < streams; ++i) FKD_PREFETCH(a.at[i] + (j + l) * a.size[i]);
+}
+
+// Four floats at a time, to addresses that are multiples of 16. They reach memory by the next fence.
+FKD_MATH void store_past_caches(const float (&x)[kLanes], float* to) {
+#if defined(__SSE__)
+    for (int l = 0; l < kLanes; l += 4) _mm_stream_ps(to + l, _mm_load_ps(x + l));
+#else
+    std::memcpy(to, x, sizeof(x));
+#endif
 }
 
 // The last columns of a block that do not fill its lanes, with -inf in the others: those add nothing.
@@ -168,18 +181,28 @@ FKD_CLONES void gradient_of(const typename Dtype::Bits* s, const typename Teache
     }
 }
 
-template <Hard hard, class Dtype>
+template <Hard hard, class Dtype, bool past_caches>
 FKD_CLONES void gradient_of_kept(const float* __restrict excess, const float* __restrict e_t,
                                  const float* __restrict e_1, int n, KeptFactors f,
                                  typename Dtype::Bits* __restrict g) {
-    FKD_SIMD
-    for (int j = 0; j < n; ++j) {
+    const auto at = [&](int j) FKD_INLINED {
         float y = excess[j] * f.by_excess + (e_t[j] * f.by_e_t + f.constant);
         if (hard == Hard::exponential) y += e_1[j] * f.by_e_1;
         if (hard == Hard::same) y += (excess[j] + e_t[j]) * f.by_e_1;
         if (hard == Hard::square) y += (excess[j] + e_t[j]) * (excess[j] + e_t[j]) * f.by_e_1;
-        g[j] = Dtype::narrowed(y);
+        return Dtype::narrowed(y);
+    };
+    int j = 0;
+    if constexpr (past_caches) {
+        alignas(16) float out[kLanes];
+        for (; j + kLanes <= n; j += kLanes) {
+            FKD_SIMD
+            for (int l = 0; l < kLanes; ++l) out[l] = at(j + l);
+            store_past_caches(out, g + j);
+        }
     }
+    FKD_SIMD
+    for (int l = j; l < n; ++l) g[l] = at(l);
 }
 
 template <bool keep>
@@ -247,9 +270,19 @@ void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r,
 void block_gradient_of_kept(Hard hard, const Kept& kept, int n, const KeptFactors& f, Output g) {
     with_hard(hard, [&](auto h) {
         with_dtype(g.dtype, [&](auto d) {
-            gradient_of_kept<h.value, decltype(d)>(kept.excess, kept.e_t, kept.e_1, n, f, elements(g.data, d));
+            if constexpr (std::is_same_v<decltype(d), Float32>)
+                if (g.past_caches)
+                    return gradient_of_kept<h.value, Float32, true>(kept.excess, kept.e_t, kept.e_1, n, f,
+                                                                    elements(g.data, d));
+            gradient_of_kept<h.value, decltype(d), false>(kept.excess, kept.e_t, kept.e_1, n, f, elements(g.data, d));
         });
     });
+}
+
+void finish_stores() {
+#if defined(__SSE__)
+    _mm_sfence();
+#endif
 }
 
 void block_hard_gradient(const float* s, int n, const GradientScales& r, Output g) {

@@ -51,6 +51,7 @@ struct Input {
 struct Output {
     void* data;
     int64_t dtype;
+    bool past_caches = false;  // float32 that nobody reads soon: its memory need not be fetched before it is written
 };
 
 float block_maximum(const float* x, int n);  // kLowest for a block of -inf, NaN for a block with a NaN
@@ -65,6 +66,7 @@ BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m,
 // t has the dtype of s or is float32, and g the dtype of s.
 void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r, const Scales& k, Output g);
 void block_hard_gradient(const float* s, int n, const GradientScales& r, Output g);
+void finish_stores();  // what was written past the caches is there for other threads
 void block_gradient_of_kept(Hard hard, const Kept& kept, int n, const KeptFactors& f, Output g);
 void block_hard_gradient_of_kept(const Kept& kept, int n, const KeptFactors& f, Output g);
 

@@ -21,6 +21,9 @@ constexpr int64_t kColumnsPerThread = 1 << 12;
 // With fewer rows than this for each thread, threads share the blocks of a row.
 constexpr int64_t kRowsPerThread = 4;
 
+// What is at least this many bytes is in no cache when somebody reads it next.
+constexpr int64_t kLargerThanCaches = int64_t(32) << 20;
+
 struct Range {
     int64_t begin;
     int n;
@@ -100,12 +103,15 @@ class Verb {
             [&](int64_t row, int64_t b) {
                 Workspace& w = space(spaces, row);
                 const GradientScales r = gradient_scales(row, w.stats, coef_soft, coef_hard);
+                const bool past = past_caches(gradient);
                 write_gradient(row, b, gradient, r, [&](Range at, Output g) {
+                    g.past_caches = past;
                     const KeptFactors f = kept_factors(w.pieces[static_cast<size_t>(b)], r);
                     const Kept kept = kept_block(w, b);
                     loss_.soft ? block_gradient_of_kept(hard_, kept, at.n, f, g)
                                : block_hard_gradient_of_kept(kept, at.n, f, g);
                 });
+                if (past && b == blocks_ - 1) finish_stores();
             });
     }
 
@@ -140,10 +146,16 @@ class Verb {
         };
         add_row(student_, row);
         add_row(teacher_, row);
-        if (gradient && before >= 0) add_row(*gradient, before);
+        if (gradient && before >= 0 && !past_caches(*gradient)) add_row(*gradient, before);
         for (int i = 0; kept && i < kept_; ++i) add(kept + i * kept_stride() + b * kBlock, sizeof(float));
         while (streams < kStreams) add(a.at[0], a.size[0]);
         return a;
+    }
+    // A float32 gradient that no cache will hold is written past them, where all its rows lie at multiples of 16 bytes.
+    bool past_caches(const FkdRows& gradient) const {
+        bool aligned = reinterpret_cast<uintptr_t>(gradient.data) % 16 == 0;
+        for (int64_t d = 0; d < gradient.dims; ++d) aligned = aligned && gradient.strides[d] % 4 == 0;
+        return loss_.soft && gradient.dtype == FKD_FLOAT32 && aligned && rows_ * columns_ * 4 >= kLargerThanCaches;
     }
     bool labelled(int64_t row) const { return hard_ != Hard::off && targets_[row] >= 0; }
 
