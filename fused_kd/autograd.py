@@ -13,8 +13,8 @@ Coefficient = float | Tensor
 
 
 class FusedKDFunction(torch.autograd.Function):
-    """(student [..., V], teacher [..., V], targets [N], coef_soft, coef_hard, options, inplace)
-    -> coef_soft * soft + coef_hard * hard [N], soft[N], hard[N], stats[N, k].
+    """(student [..., V], teacher [..., V], targets [N], coef_soft, coef_hard, options, inplace, summed)
+    -> coef_soft * soft + coef_hard * hard, [N] or their sum, soft[N], hard[N], stats[N, k].
 
     `targets` are labels, or SKIP or NO_LABEL of `fused_kd.backends.rows`. Differentiable once, in the student and in
     coefficients [N]; only the first result has a gradient. With `inplace` it is written over the student's logits.
@@ -29,17 +29,18 @@ class FusedKDFunction(torch.autograd.Function):
         coef_hard: Coefficient,
         options: RowOptions,
         inplace: bool,
+        summed: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         verb = ops.forward if _eager(student, teacher) else ops.rows_forward
         soft, hard, stats = verb(student, teacher, targets, *options)
         losses = soft * coef_soft if options.soft else hard * coef_hard
         if options.soft and options.hard:
             losses += hard * coef_hard
-        return losses, soft, hard, stats
+        return losses.sum() if summed else losses, soft, hard, stats
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        student, teacher, targets, coef_soft, coef_hard, ctx.options, ctx.inplace = inputs
+        student, teacher, targets, coef_soft, coef_hard, ctx.options, ctx.inplace, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         # An inference tensor cannot be saved, and need not be: nothing that autograd sees writes to it.
@@ -52,7 +53,7 @@ class FusedKDFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         saved = [x if x is not None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         arguments = (*saved, grad, ctx.options, ctx.inplace, ctx.needs_input_grad[3:5])
         if not torch.is_grad_enabled():
@@ -61,7 +62,7 @@ class FusedKDFunction(torch.autograd.Function):
             raise RuntimeError("inplace=True cannot be used with create_graph=True: the logits would be lost")
         else:
             gradient, of_soft, of_hard = _Gradients.apply(*arguments)
-        return gradient, None, None, of_soft, of_hard, None, None
+        return gradient, None, None, of_soft, of_hard, None, None, None
 
 
 class _EagerFunction(FusedKDFunction):
@@ -100,6 +101,7 @@ def _gradients(
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of the student, and of those coefficients of which it is wanted."""
+    grad = grad.expand(targets.shape)  # of the rows' sum, or of each row's loss
     rows = (student, teacher, targets, stats, grad * coef_soft, grad * coef_hard, *options)
     if inplace:
         ops.rows_backward_(*rows)  # the operator: it tells autograd of the write

@@ -23,14 +23,15 @@ def check_logits(student: Tensor, teacher: Tensor, options: KDOptions) -> None:
                 f"{name} must have unit stride in its last dimension, the vocabulary, got the strides "
                 f"{tuple(logits.stride())}; nothing is copied silently: pass {name}.contiguous()"
             )
-    shapes = f"student_logits {tuple(student.shape)}, teacher_logits {tuple(teacher.shape)}"
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(f"teacher_logits must have the student's leading shape, got {shapes}")
-    if student.shape[-1] != teacher.shape[-1] and options.vocab_mismatch == "error":
-        raise ValueError(
-            f"teacher_logits must have the student's vocabulary, got {shapes}; if the columns that both have mean "
-            'the same tokens, vocab_mismatch="truncate" compares those'
-        )
+    if student.shape != teacher.shape:
+        shapes = f"student_logits {tuple(student.shape)}, teacher_logits {tuple(teacher.shape)}"
+        if student.shape[:-1] != teacher.shape[:-1]:
+            raise ValueError(f"teacher_logits must have the student's leading shape, got {shapes}")
+        if options.vocab_mismatch == "error":
+            raise ValueError(
+                f"teacher_logits must have the student's vocabulary, got {shapes}; if the columns that both have mean "
+                'the same tokens, vocab_mismatch="truncate" compares those'
+            )
     if student.device != teacher.device:
         raise ValueError(
             f"teacher_logits must be on the student's device, got student_logits on {student.device} and "

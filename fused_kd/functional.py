@@ -155,7 +155,8 @@ def compute(
     of_soft = of_hard = rate(counted)
     if soft_on_ignored:
         of_hard = rate(counted & (targets != NO_LABEL))
-    losses, soft, hard = rows_loss(
+    positions = student_logits.shape[:-1] if options.reduction == "none" else None
+    loss, soft, hard = rows_loss(
         student_logits,
         teacher_logits.detach(),
         targets,
@@ -163,12 +164,14 @@ def compute(
         options.weight_of_hard * of_hard,
         rows,
         options.inplace,
+        positions is None,
     )
-    positions = student_logits.shape[:-1] if options.reduction == "none" else None
+    if positions is not None:
+        loss = loss.reshape(positions)
     if not options.return_parts:
-        return _reduced(losses, positions)
+        return loss
     return KDLossOutput(
-        _reduced(losses, positions),
+        loss,
         _reduced((soft * of_soft).detach(), positions) if rows.soft else None,
         _reduced((hard * of_hard).detach(), positions) if rows.hard else None,
     )

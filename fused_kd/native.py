@@ -4,6 +4,7 @@ import ctypes
 import functools
 import json
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,9 @@ _FOLDER = Path(__file__).parent
 CUDA_LIBRARY = "FUSED_KD_CUDA_LIBRARY"
 
 
-class Rows(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("dims", ctypes.c_int64),
-        ("sizes", ctypes.c_int64 * _MAX_DIMS),
-        ("strides", ctypes.c_int64 * _MAX_DIMS),
-    )
-
-
-class Loss(ctypes.Structure):
-    _fields_ = (
-        ("temperature", ctypes.c_double),
-        ("teacher_temperature", ctypes.c_double),
-        ("label_smoothing", ctypes.c_double),
-        ("divergence", ctypes.c_int64),
-        ("soft", ctypes.c_int64),
-        ("hard", ctypes.c_int64),
-    )
+# FkdRows and FkdLoss as bytes: a ctypes.Structure would take as long to fill as a small loss to compute.
+_ROWS = struct.Struct(f"=qqqq{_MAX_DIMS}q{_MAX_DIMS}q")  # data, dtype, columns, dims, sizes, strides
+_LOSS = struct.Struct("=dddqqq")  # temperature, teacher_temperature, label_smoothing, divergence, soft, hard
 
 
 def leading_layout(tensor: Tensor) -> list[tuple[int, int]]:
@@ -62,16 +46,19 @@ def leading_layout(tensor: Tensor) -> list[tuple[int, int]]:
     return layout
 
 
-def rows_of(tensor: Tensor) -> Rows:
+def rows_of(tensor: Tensor) -> bytes:
+    """FkdRows."""
     layout = leading_layout(tensor)
-    rows = Rows(tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], len(layout))
-    for i, (size, stride) in enumerate(layout):
-        rows.sizes[i], rows.strides[i] = size, stride
-    return rows
+    rest = (0,) * (_MAX_DIMS - len(layout))
+    sizes, strides = [size for size, _ in layout], [stride for _, stride in layout]
+    head = (tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], len(layout))
+    return _ROWS.pack(*head, *sizes, *rest, *strides, *rest)
 
 
-def loss_of(options: RowOptions) -> Loss:
-    return Loss(
+@functools.lru_cache(maxsize=64)
+def loss_of(options: RowOptions) -> bytes:
+    """FkdLoss."""
+    return _LOSS.pack(
         options.temperature,
         options.teacher_temperature,
         options.label_smoothing,
@@ -99,26 +86,21 @@ def arguments(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOpt
 
     The operators can be called by anybody, and a library believes what it is told: so vectors are checked here.
     """
-    positions = student.shape[:-1].numel()
-    if not targets.numel() == positions == teacher.shape[:-1].numel():
-        raise ValueError(f"each of the student's {positions} rows needs a teacher's row and a target")
+    rows = targets.numel()
+    if student.numel() != rows * student.shape[-1] or teacher.numel() != rows * teacher.shape[-1]:
+        raise ValueError(f"each of the student's {student.shape[:-1].numel()} rows needs a teacher's row and a target")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}")
-    for vector in rest:
-        if vector.dtype != torch.float32 or len(vector) != len(targets):
-            raise ValueError(
-                f"each row needs its own float32 number: got {vector.dtype} {tuple(vector.shape)} "
-                f"for {len(targets)} targets"
-            )
     # Vectors of one number a row: O(N), so a strided one (an expanded gradient) may be laid out anew.
-    first, *others = vectors = [x.contiguous() for x in (targets, *rest)]
-    values = [
-        ctypes.byref(rows_of(student)),
-        ctypes.byref(rows_of(teacher)),
-        first.data_ptr(),
-        ctypes.byref(loss_of(options)),
-        *(x.data_ptr() for x in others),
-    ]
+    vectors = [targets.contiguous()]
+    for vector in rest:
+        if vector.dtype != torch.float32 or len(vector) != rows:
+            raise ValueError(
+                f"each row needs its own float32 number: got {vector.dtype} {tuple(vector.shape)} for {rows} targets"
+            )
+        vectors.append(vector.contiguous())
+    addresses = [vector.data_ptr() for vector in vectors]
+    values = [rows_of(student), rows_of(teacher), addresses[0], loss_of(options), *addresses[1:]]
     return values, vectors
 
 
@@ -155,12 +137,12 @@ def load(name: str) -> ctypes.CDLL | str:
     return library
 
 
-_ROWS, _VECTOR, _NUMBER = ctypes.POINTER(Rows), ctypes.c_void_p, ctypes.c_int64
-_HEAD = [_ROWS, _ROWS, _VECTOR, ctypes.POINTER(Loss)]  # student, teacher, targets, loss
+_STRUCT, _VECTOR, _NUMBER = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64
+_HEAD = [_STRUCT, _STRUCT, _VECTOR, _STRUCT]  # student, teacher, targets, loss
 _VERBS: dict[str, list[Any]] = {
     "rows_forward": [_VECTOR, _VECTOR, _VECTOR],
-    "rows_backward": [_VECTOR, _VECTOR, _VECTOR, _ROWS],
-    "rows_fused": [_VECTOR, _VECTOR, _VECTOR, _VECTOR, _ROWS],
+    "rows_backward": [_VECTOR, _VECTOR, _VECTOR, _STRUCT],
+    "rows_fused": [_VECTOR, _VECTOR, _VECTOR, _VECTOR, _STRUCT],
 }
 
 
@@ -173,7 +155,7 @@ def _cuda_signatures() -> Iterator[tuple[str, list[Any]]]:
     for verb, rest in _VERBS.items():
         scratch: list[Any] = [] if verb == "rows_backward" else [_VECTOR]
         yield f"fkd_cuda_{verb}", [*_HEAD, *rest, *scratch, _NUMBER, ctypes.c_void_p]  # device, stream
-    yield "fkd_cuda_scratch", [_ROWS, _ROWS, _NUMBER, _NUMBER]
+    yield "fkd_cuda_scratch", [_STRUCT, _STRUCT, _NUMBER, _NUMBER]
     yield "fkd_cuda_usable", [_NUMBER]
     yield "fkd_cuda_error_text", [_NUMBER]
     yield "fkd_cuda_on_host", []

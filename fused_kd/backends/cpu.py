@@ -1,7 +1,5 @@
 """The native CPU kernels (csrc/cpu): vectorised loops, OpenMP over rows, torch.get_num_threads() threads."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -73,7 +71,7 @@ def _call(
     if targets.numel() == 0:
         return
     if out is not None:
-        arguments.append(ctypes.byref(native.rows_of(out)))
+        arguments.append(native.rows_of(out))
     result = getattr(native.load("cpu"), verb)(*arguments, torch.get_num_threads())
     if result == native.OUT_OF_MEMORY:
         raise MemoryError("fused_kd: no memory for one row's scratch in each thread")

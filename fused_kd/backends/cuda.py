@@ -1,6 +1,5 @@
 """The CUDA C++ kernels (csrc/cuda): NVIDIA GPUs, without Triton. Queued on PyTorch's current stream; nothing waits."""
 
-import ctypes
 import functools
 from typing import Any
 
@@ -87,7 +86,7 @@ def _call(
     library: Any = native.load("cuda")
     device = student.device.index or 0
     if out is not None:
-        arguments.append(ctypes.byref(native.rows_of(out)))
+        arguments.append(native.rows_of(out))
     if scratch is not None:
         size = library.fkd_cuda_scratch(arguments[0], arguments[1], scratch, device)
         alive.append(student.new_empty(size, dtype=torch.uint8))
