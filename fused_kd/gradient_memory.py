@@ -37,6 +37,11 @@ def empty_gradient(student: Tensor) -> Tensor:
     return torch.empty(0, dtype=student.dtype).set_(storage).resize_(student.shape)
 
 
+def release() -> None:
+    """Unmaps what is kept for the next gradient."""
+    _spare.clear()
+
+
 def _give_back(block: mmap.mmap) -> None:
     if not _spare:
         with suppress(OSError):  # a system that does not know MADV_FREE gets its pages back

@@ -16,9 +16,9 @@ LARGE = (40, 2**18)  # 40 MiB of float32
 
 @pytest.fixture(autouse=True)
 def _no_spare() -> Iterator[None]:
-    gradient_memory._spare.clear()
+    gradient_memory.release()
     yield
-    gradient_memory._spare.clear()
+    gradient_memory.release()
 
 
 def gradient_of(student: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_kd import backends
+from fused_kd import backends, gradient_memory
 from fused_kd.demo import Track
 from fused_kd.demo.eager import eager_kd_loss
 from fused_kd.loss import FusedKDLoss
@@ -98,6 +98,7 @@ def _peak(work: Callable[[], object]) -> int | None:
     """How far the memory of this process rises meanwhile, sampled by a thread: it sees native code's memory too."""
     if not _RESIDENT.exists():
         return None
+    gradient_memory.release()  # it would be counted as there before
     done = threading.Event()
     begin = _resident()
     peak = begin
