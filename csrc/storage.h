@@ -32,13 +32,10 @@ struct Bfloat16 {
     using Bits = uint16_t;
     static constexpr uint16_t kMinusInf = 0xff80;
     FKD_MATH float widened(uint16_t x) { return of_bits(static_cast<uint32_t>(x) << 16); }
-    // A NaN of a CPU's own making stays one; a GPU's has all its bits set, and would be carried into the sign.
     FKD_MATH uint16_t narrowed(float x) {
-#if defined(__CUDA_ARCH__)
-        if (x != x) return 0x7fc0;
-#endif
         const uint32_t bits = bits_of(x);
-        return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
     }
 };
 

@@ -30,11 +30,14 @@ def empty_gradient(student: Tensor) -> Tensor:
     with suppress(IndexError):
         block = _spare.pop()
     if block is None or len(block) < size:
-        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:  # PyTorch says better what is missing
+            return student.new_empty(student.shape)
     memory = (ctypes.c_char * size).from_buffer(block)
     weakref.finalize(memory, _give_back, block).atexit = False
     storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()  # holds `memory` until it is freed
-    return torch.empty(0, dtype=student.dtype).set_(storage).resize_(student.shape)
+    return student.new_empty(0).set_(storage).resize_(student.shape)
 
 
 def release() -> None:
@@ -47,3 +50,4 @@ def _give_back(block: mmap.mmap) -> None:
         with suppress(OSError):  # a system that does not know MADV_FREE gets its pages back
             block.madvise(mmap.MADV_FREE)
             _spare.append(block)
+            del _spare[1:]  # two that were freed at once

@@ -111,6 +111,18 @@ def test_a_nan_of_any_bits_stays_one_in_16_bits(dtype: torch.dtype, bits: int, b
     assert gradient.isnan().all(-1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_from_upstream_stays_one_in_16_bits(dtype: torch.dtype, alpha: float, bits: int, backend: str) -> None:
+    student, teacher = (x.to(dtype) for x in make_logits("wide", 3, V))
+    upstream = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    student.requires_grad_()
+    loss = fused_kd_loss(student, teacher, torch.tensor([5, 6, 7]), alpha=alpha, reduction="sum", backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student, upstream)
+    assert gradient.isnan().all()
+
+
 @pytest.mark.parametrize("what", [float("nan"), INF, -INF])
 @pytest.mark.parametrize("how", ["label", "weight", "shift"])
 def test_bad_numbers_in_an_ignored_row_are_nothing(how: str, what: float, backend: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support import BACKENDS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -81,6 +82,20 @@ def test_a_gradient_is_a_tensor_like_any_other() -> None:
     assert student.grad is not None
     assert not student.grad._is_view()
     torch.testing.assert_close(student.grad, 2 * gradient_of(student))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="there is no native CPU kernel")
+def test_pytorchs_default_device_and_dtype_do_not_matter() -> None:
+    student, teacher = torch.randn(LARGE, requires_grad=True), torch.zeros(LARGE)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            loss = fused_kd_loss(student, teacher, alpha=1.0, backend="cpu")
+            (gradient,) = torch.autograd.grad(loss, student)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert gradient.device.type == "cpu"
+    assert torch.equal(gradient, gradient_of(student))
 
 
 def test_a_profiler_sees_the_gradient() -> None:

@@ -111,7 +111,7 @@ class Verb {
                     loss_.soft ? block_gradient_of_kept(hard_, kept, at.n, f, g)
                                : block_hard_gradient_of_kept(kept, at.n, f, g);
                 });
-                if (past && b == blocks_ - 1) finish_stores();
+                if (past && (split_ || b == blocks_ - 1)) finish_stores();
             });
     }
 
@@ -329,10 +329,6 @@ class Verb {
         const Range at = range(b);
         if (b == blocks_ - 1) out.write_zeros(columns_, gradient.columns);
         if (targets_[row] == FKD_SKIP) return out.write_zeros(at.begin, at.begin + at.n);
-        if (std::isnan(r.log_ratio)) {  // whatever bits the logits' NaN has
-            for (int j = 0; j < at.n; ++j) narrow(NAN, out.output(at.begin + j));
-            return;
-        }
         const int64_t label = targets_[row] - at.begin;
         const bool here = labelled(row) && 0 <= label && label < at.n;
         const float at_label = here ? gradient_at_label(row, r) : 0;  // before the gradient overwrites the logits

@@ -25,8 +25,8 @@ def rows_forward(
     student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = targets.numel()
-    soft, hard = torch.empty(rows), torch.empty(rows)
-    stats = torch.empty(rows, STATS)
+    soft, hard = _vector(targets, rows), _vector(targets, rows)
+    stats = _vector(targets, rows, STATS)
     _call("fkd_rows_forward", student, teacher, targets, options, soft, hard, stats)
     return soft, hard, stats
 
@@ -53,9 +53,13 @@ def rows_fused(
     options: RowOptions,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    soft, hard = torch.empty(targets.numel()), torch.empty(targets.numel())
+    soft, hard = _vector(targets, targets.numel()), _vector(targets, targets.numel())
     _call("fkd_rows_fused", student, teacher, targets, options, coef_soft, coef_hard, soft, hard, out=out)
     return soft, hard
+
+
+def _vector(targets: Tensor, *shape: int) -> Tensor:
+    return targets.new_empty(shape, dtype=torch.float32)  # whatever PyTorch's default device and dtype are
 
 
 def _call(
