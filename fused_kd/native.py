@@ -26,7 +26,7 @@ _FOLDER = Path(__file__).parent
 CUDA_LIBRARY = "FUSED_KD_CUDA_LIBRARY"
 
 
-# FkdRows and FkdLoss as bytes: a ctypes.Structure would take as long to fill as a small loss to compute.
+# FkdRows and FkdLoss as bytes, which ctypes passes by their address.
 _ROWS = struct.Struct(f"=qqqq{_MAX_DIMS}q{_MAX_DIMS}q")  # data, dtype, columns, dims, sizes, strides
 _LOSS = struct.Struct("=dddqqq")  # temperature, teacher_temperature, label_smoothing, divergence, soft, hard
 

@@ -100,21 +100,11 @@ def test_bad_numbers_stay_in_their_row(options: dict[str, Any], what: str, who: 
     assert torch.equal(gradient[::2], clean_gradient)
 
 
-@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_nan_of_any_bits_stays_one_in_16_bits(dtype: torch.dtype, bits: int, backend: str) -> None:
-    """Rounding carries into what stands above: a NaN with all bits set must not come out as a number."""
-    student, teacher = make_logits("wide", 3, V)
-    teacher.view(torch.int32)[1, ::7] = bits
-    labels = torch.tensor([5, 6, 7])
-    _, gradient = loss_and_gradient(student.to(dtype), teacher, labels, reduction="none", backend=backend)
-    assert gradient.isnan().all(-1).tolist() == [False, True, False]
-
-
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_nan_from_upstream_stays_one_in_16_bits(dtype: torch.dtype, alpha: float, bits: int, backend: str) -> None:
+    """Rounding carries into what stands above: a NaN with all bits set must not come out as a number."""
     student, teacher = (x.to(dtype) for x in make_logits("wide", 3, V))
     upstream = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     student.requires_grad_()

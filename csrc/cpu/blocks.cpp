@@ -75,11 +75,10 @@ FKD_MATH T joined(const T* x, const Join& join) {
 }
 FKD_MATH float total(const float* lanes) { return joined<kLanes>(lanes, [](float a, float b) { return a + b; }); }
 
-// Asks memory for the next block's columns j .. j + width: a little at a time, so that it comes during the arithmetic.
+// Asks memory for the next block's kLanes columns from j: a little at a time, so that it comes during the arithmetic.
 template <int streams>
-FKD_MATH void fetch(const Ahead& a, int j, int width) {
-    for (int l = 0; l < width; l += kLanes)
-        for (int i = 0; i < streams; ++i) FKD_PREFETCH(a.at[i] + (j + l) * a.size[i]);
+FKD_MATH void fetch(const Ahead& a, int j) {
+    for (int i = 0; i < streams; ++i) FKD_PREFETCH(a.at[i] + j * a.size[i]);
 }
 
 // Four floats at a time, to addresses that are multiples of 16. They reach memory by the next fence.
@@ -111,7 +110,7 @@ FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict 
                              float* __restrict excess, float* __restrict e_t, float* __restrict e_1, Ahead ahead) {
     float z_s[kLanes] = {}, z_t[kLanes] = {}, b1[kLanes] = {}, b2[kLanes] = {}, z_1[kLanes] = {};
     const auto step = [&](const float* __restrict x, const float* __restrict w, int j) FKD_INLINED {
-        fetch<keep ? kStreams : 2>(ahead, j, kLanes);
+        fetch<keep ? kStreams : 2>(ahead, j);  // without `keep` the logits alone
         FKD_SIMD
         for (int l = 0; l < kLanes; ++l) {
             const Pair pair = exponentials(x[l], w[l], m, k);
