@@ -97,8 +97,8 @@ struct Tail {
 
     FKD_MATH Tail of(const typename Dtype::Bits* x, int n) {
         Tail tail;
-        for (int l = 0; l < lanes; ++l) tail.x[l] = Dtype::kMinusInf;
-        std::memcpy(tail.x, x, sizeof(*x) * static_cast<size_t>(n));
+        FKD_SIMD
+        for (int l = 0; l < lanes; ++l) tail.x[l] = l < n ? x[l] : Dtype::kMinusInf;
         return tail;
     }
 };
