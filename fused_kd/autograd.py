@@ -44,9 +44,9 @@ class FusedKDFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         # An inference tensor cannot be saved, and need not be: nothing that autograd sees writes to it.
-        inference = not torch.compiler.is_compiling() and teacher.is_inference()
         tensors = (student, teacher, targets, coef_soft, coef_hard, *output[1:])
-        kept = [isinstance(x, Tensor) and not (inference and x is teacher) for x in tensors]
+        traced = torch.compiler.is_compiling()
+        kept = [isinstance(x, Tensor) and (traced or not x.is_inference()) for x in tensors]
         ctx.others = [None if keep else x for keep, x in zip(kept, tensors, strict=True)]
         ctx.save_for_backward(*(x if keep else None for keep, x in zip(kept, tensors, strict=True)))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.autograd import rows_loss
-from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions, row_dtype
+from fused_kd.backends.rows import NO_LABEL, OUT_OF_RANGE, SKIP, RowOptions, row_dtype
 from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights
 from fused_kd.options import Divergence, KDOptions, Reduction, VocabMismatch
 
@@ -181,8 +181,11 @@ def _targets(student: Tensor, labels: Tensor | None, weights: Tensor | None, ign
     """What each position is for: its label, SKIP or NO_LABEL, in the logits' leading shape."""
     if labels is None:
         targets = student.new_full(student.shape[:-1], NO_LABEL, dtype=torch.int64)
+    elif ignore_index == ignored == SKIP:
+        targets = labels
     else:
-        targets = labels.masked_fill(labels == ignore_index, ignored)
+        targets = labels if ignore_index == SKIP else labels.masked_fill(labels == SKIP, OUT_OF_RANGE)
+        targets = targets.masked_fill(labels == ignore_index, ignored)
     return targets if weights is None else targets.masked_fill(weights == 0, SKIP)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_kd.backends.rows import RowOptions
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward_kl": 0, "cross_entropy": 1}
 DONE, OUT_OF_MEMORY = -1, -2

@@ -223,6 +223,15 @@ def test_label_out_of_range(label: int, backend: str) -> None:
     assert isinstance(fused_kd_loss(student, teacher, labels, ignore_index=label, backend=backend), torch.Tensor)
 
 
+def test_minus_100_is_a_label_out_of_range_where_ignore_index_is_another(backend: str) -> None:
+    _only_the_cpu_looks()
+    student, teacher = make_logits("wide", 3, V)
+    labels = torch.tensor([1, -100, 5])
+    for options in ({}, {"alpha": 0.0}, {"soft_on_ignored": True}, {"weights": torch.ones(3)}):
+        with pytest.raises(IndexError, match="labels: row 1 has the label -100, "):
+            fused_kd_loss(student, teacher, labels, ignore_index=5, backend=backend, **options)
+
+
 def test_label_beyond_the_truncated_vocabulary(backend: str) -> None:
     _only_the_cpu_looks()
     student, teacher = torch.randn(2, 10), torch.randn(2, 7)
@@ -302,15 +311,22 @@ def test_smoothing_with_an_impossible_label_is_infinite(backend: str) -> None:
     assert gradient.isfinite().all()
 
 
-def test_a_teacher_in_inference_mode(backend: str) -> None:
+def test_labels_of_any_stride(backend: str) -> None:
+    student, teacher = make_logits("wide", 4, V)
+    labels = torch.tensor([3, -1, -100, -1, 7, -1, 0, -1])
+    check(student, teacher, labels[::2], backend=backend)
+    check(student, teacher, labels[:1].expand(4), backend=backend)
+
+
+@pytest.mark.parametrize("options", [{}, {"soft_on_ignored": True}, {"reduction": "none"}])
+def test_teacher_and_labels_in_inference_mode(backend: str, options: dict[str, Any]) -> None:
     student, teacher = make_logits("wide", 3, V)
-    with torch.inference_mode():
-        frozen = teacher * 1
     labels = torch.tensor([1, 2, 3])
-    expected = loss_and_gradient(student, teacher, labels, backend=backend)
-    assert all(
-        torch.equal(*x) for x in zip(loss_and_gradient(student, frozen, labels, backend=backend), expected, strict=True)
-    )
+    expected = loss_and_gradient(student, teacher, labels, backend=backend, **options)
+    with torch.inference_mode():
+        frozen, chosen = teacher * 1, labels * 1
+    got = loss_and_gradient(student, frozen, chosen, backend=backend, **options)
+    assert all(torch.equal(*x) for x in zip(got, expected, strict=True))
 
 
 @pytest.mark.large

@@ -5,9 +5,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# What a target says when it is not a label. csrc/fused_kd.h has the same two.
-SKIP = -(2**63)  # no term: the row is not read, and its gradient is 0
-NO_LABEL = SKIP + 1  # the soft term only
+# What a target says when it is not a label. csrc/fused_kd.h has the first two.
+SKIP = -100  # no term: the row is not read, and its gradient is 0. PyTorch's ignore_index: labels serve as they are
+NO_LABEL = -(2**63)  # the soft term only
+OUT_OF_RANGE = NO_LABEL + 1  # the label SKIP where it has no such meaning
 
 
 # What the gradient needs of a row: the columns of stats [N, STATS]. With e_s = exp((s - max) / tau):
@@ -88,6 +89,7 @@ def vocabulary(student: Tensor, teacher: Tensor) -> int:
 
 
 def bad_target(row: int, label: int, columns: int) -> IndexError:
+    label = SKIP if label == OUT_OF_RANGE else label
     return IndexError(
         f"labels: row {row} has the label {label}, which is not in [0, {columns}) and is not ignore_index; "
         "correct the labels, or name the value that marks positions without one as ignore_index"
