@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_kd import ops
 from fused_kd.backends.rows import RowOptions
+from fused_kd.checks import plain
 
 # What a term of each row is multiplied by: one number for all rows, or a vector [N].
 Coefficient = float | Tensor
@@ -31,11 +32,14 @@ class FusedKDFunction(torch.autograd.Function):
         inplace: bool,
         summed: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        verb = ops.forward if _eager(student, teacher) else ops.rows_forward
+        verb = ops.forward if plain(student, teacher) else ops.rows_forward
         soft, hard, stats = verb(student, teacher, targets, *options)
         losses = soft * coef_soft if options.soft else hard * coef_hard
         if options.soft and options.hard:
-            losses += hard * coef_hard
+            if isinstance(coef_hard, Tensor):
+                losses.addcmul_(hard, coef_hard)
+            else:
+                losses.add_(hard, alpha=coef_hard)
         return losses.sum() if summed else losses, soft, hard, stats
 
     @staticmethod
@@ -107,17 +111,8 @@ def _gradients(
         ops.rows_backward_(*rows)  # the operator: it tells autograd of the write
         gradient = student.detach()
     else:
-        gradient = (ops.backward if _eager(student, teacher) else ops.rows_backward)(*rows)
+        gradient = (ops.backward if plain(student, teacher) else ops.rows_backward)(*rows)
     return gradient, grad * soft if wanted[0] else None, grad * hard if wanted[1] else None
-
-
-def _eager(student: Tensor, teacher: Tensor) -> bool:
-    """Whether nobody is watching who needs the operators: plain tensors, nothing traced. Saves their dispatch."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(student) is type(teacher) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 class _Gradients(torch.autograd.Function):

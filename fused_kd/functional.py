@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_kd.autograd import rows_loss
 from fused_kd.backends.rows import NO_LABEL, OUT_OF_RANGE, SKIP, RowOptions, row_dtype
-from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights
+from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights, readable
 from fused_kd.options import Divergence, KDOptions, Reduction, VocabMismatch
 
 
@@ -216,6 +216,8 @@ def _rate(
     elif reduction == "mean" and weights is not None:
         divisor = (weights * rows).sum()
         divisor = divisor + (divisor == 0)
+    elif reduction == "mean" and readable(rows):
+        divisor = max(1, int(rows.sum()))
     elif reduction == "mean":
         divisor = rows.sum(dtype=dtype).clamp(min=1)
     if weights is not None:

@@ -108,7 +108,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(backend, "_warp", lambda device: 32)
     monkeypatch.setattr(backend, "_multiprocessors", lambda device: 8)
     monkeypatch.setattr(backend, "refuses", lambda student, teacher: None)
-    monkeypatch.setattr(autograd, "_eager", lambda student, teacher: True)  # the mode that watches would prevent it
+    monkeypatch.setattr(autograd, "plain", lambda student, teacher: True)  # the mode that watches would prevent it
     return names
 
 
