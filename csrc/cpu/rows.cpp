@@ -224,10 +224,12 @@ class Verb {
     }
 
     // Rows handed to a thread at once: a huge page of the gradient, since two threads that touch a new page together
-    // both clear it, but no less than four turns for each thread, unless rows are tiny.
+    // both clear it, but no less than four turns for each thread, unless rows are tiny. Threads get equally many turns.
     int64_t rows_at_once() const {
         const int64_t page = std::min(kHugePage / 4 / columns_, rows_ / (4 * threads_));
-        return std::max<int64_t>({1, kColumnsPerThread / columns_, page});
+        const int64_t rows = std::max<int64_t>({1, kColumnsPerThread / columns_, page});
+        const int64_t turns = std::max<int64_t>(1, rows_ / (rows * threads_)) * threads_;
+        return (rows_ + turns - 1) / turns;
     }
 
     void measure(int64_t row, int64_t b, Workspace& w, int64_t before, const FkdRows* gradient) const {
