@@ -22,10 +22,10 @@ _spare: list[mmap.mmap] = []
 
 def empty_gradient(student: Tensor) -> Tensor:
     """A contiguous tensor with the student's shape, dtype and device, and no particular values."""
-    size = student.numel() * student.element_size()
+    size = student.nbytes
     # A profiler of memory knows what PyTorch allocates: so where one watches, PyTorch does.
     if size < _LARGE or student.device.type != "cpu" or not _AVAILABLE or torch._C._autograd._profiler_enabled():
-        return student.new_empty(student.shape)
+        return torch.empty_like(student, memory_format=torch.contiguous_format)
     block = None
     with suppress(IndexError):
         block = _spare.pop()

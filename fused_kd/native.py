@@ -28,13 +28,12 @@ CUDA_LIBRARY = "FUSED_KD_CUDA_LIBRARY"
 
 # FkdRows and FkdLoss as bytes, which ctypes passes by their address.
 _ROWS = struct.Struct(f"=qqqq{_MAX_DIMS}q{_MAX_DIMS}q")  # data, dtype, columns, dims, sizes, strides
+_MATRIX = struct.Struct(f"=qqqqq{8 * _MAX_DIMS - 8}xq{8 * _MAX_DIMS - 8}x")  # FkdRows with one size and one stride
 _LOSS = struct.Struct("=dddqqq")  # temperature, teacher_temperature, label_smoothing, divergence, soft, hard
 
 
 def leading_layout(tensor: Tensor) -> list[tuple[int, int]]:
     """(size, stride) of the dimensions before the last, with those merged that lie as one."""
-    if tensor.is_contiguous():
-        return [(tensor.numel() // tensor.shape[-1], tensor.shape[-1])]
     layout: list[tuple[int, int]] = []
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size == 1:
@@ -48,11 +47,14 @@ def leading_layout(tensor: Tensor) -> list[tuple[int, int]]:
 
 def rows_of(tensor: Tensor) -> bytes:
     """FkdRows."""
+    columns = tensor.shape[-1]
+    head = (tensor.data_ptr(), DTYPES[tensor.dtype], columns)
+    if tensor.is_contiguous():
+        return _MATRIX.pack(*head, 1, tensor.numel() // columns, columns)
     layout = leading_layout(tensor)
     rest = (0,) * (_MAX_DIMS - len(layout))
     sizes, strides = [size for size, _ in layout], [stride for _, stride in layout]
-    head = (tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], len(layout))
-    return _ROWS.pack(*head, *sizes, *rest, *strides, *rest)
+    return _ROWS.pack(*head, len(layout), *sizes, *rest, *strides, *rest)
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,7 +96,7 @@ def arguments(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOpt
     # Vectors of one number a row: O(N), so a strided one (an expanded gradient) may be laid out anew.
     vectors = [targets.contiguous()]
     for vector in rest:
-        if vector.dtype != torch.float32 or len(vector) != rows:
+        if vector.dtype != torch.float32 or vector.shape[:1] != (rows,):
             raise ValueError(
                 f"each row needs its own float32 number: got {vector.dtype} {tuple(vector.shape)} for {rows} targets"
             )
