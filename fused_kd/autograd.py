@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fused_kd import ops
-from fused_kd.backends.rows import RowOptions
+from fused_kd.backends import PREFERENCE
+from fused_kd.backends.rows import Backend, RowOptions
 from fused_kd.checks import plain
+from fused_kd.gradient_memory import empty_gradient
 
 # What a term of each row is multiplied by: one number for all rows, or a vector [N].
 Coefficient = float | Tensor
@@ -32,34 +34,28 @@ class FusedKDFunction(torch.autograd.Function):
         inplace: bool,
         summed: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        verb = ops.forward if plain(student, teacher) else ops.rows_forward
-        soft, hard, stats = verb(student, teacher, targets, *options)
-        losses = soft * coef_soft if options.soft else hard * coef_hard
-        if options.soft and options.hard:
-            if isinstance(coef_hard, Tensor):
-                losses.addcmul_(hard, coef_hard)
-            else:
-                losses.add_(hard, alpha=coef_hard)
-        return losses.sum() if summed else losses, soft, hard, stats
+        soft, hard, stats = ops.rows_forward(student, teacher, targets, *options)
+        return _losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         student, teacher, targets, coef_soft, coef_hard, ctx.options, ctx.inplace, _ = inputs
+        ctx.backend = None
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         # An inference tensor cannot be saved, and need not be: nothing that autograd sees writes to it.
         tensors = (student, teacher, targets, coef_soft, coef_hard, *output[1:])
         traced = torch.compiler.is_compiling()
-        kept = [isinstance(x, Tensor) and (traced or not x.is_inference()) for x in tensors]
-        ctx.others = [None if keep else x for keep, x in zip(kept, tensors, strict=True)]
-        ctx.save_for_backward(*(x if keep else None for keep, x in zip(kept, tensors, strict=True)))
+        saved = [x if isinstance(x, Tensor) and (traced or not x.is_inference()) else None for x in tensors]
+        ctx.others = [x if y is None else None for x, y in zip(tensors, saved, strict=True)]
+        ctx.save_for_backward(*saved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 8
         saved = [x if x is not None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        arguments = (*saved, grad, ctx.options, ctx.inplace, ctx.needs_input_grad[3:5])
+        arguments = (*saved, grad, ctx.options, ctx.inplace, ctx.needs_input_grad[3:5], ctx.backend)
         if not torch.is_grad_enabled():
             gradient, of_soft, of_hard = _gradients(*arguments)
         elif ctx.inplace:
@@ -70,24 +66,40 @@ class FusedKDFunction(torch.autograd.Function):
 
 
 class _EagerFunction(FusedKDFunction):
-    """The same where no torch.func transform is active. Function.apply binds the arguments of a forward without ctx to
-    its signature at every call, which takes longer than a small loss."""
+    """The same where nothing but autograd sees the tensors: calls the backend without an operator in between, and has a
+    forward with ctx, since Function.apply binds the arguments of one without to its signature at every call. Each takes
+    longer than a small loss."""
 
     setup_context = staticmethod(torch.autograd.Function.setup_context)
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = FusedKDFunction.forward(*inputs)
+        student, teacher, targets, coef_soft, coef_hard, options, _, summed = inputs
+        backend = PREFERENCE[options.backend]
+        soft, hard, stats = backend.rows_forward(student, teacher, targets, options)
+        output = (_losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats)
         FusedKDFunction.setup_context(ctx, inputs, output)
+        ctx.backend = backend
         return output
 
 
-def rows_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The first three results of FusedKDFunction, for its arguments."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    function = FusedKDFunction if traced else _EagerFunction
-    losses, soft, hard, _ = function.apply(*arguments)
+def rows_loss(eager: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The first three results of FusedKDFunction, for its arguments. `eager`: what `checks.plain` says of the tensors;
+    options.backend is then a name."""
+    losses, soft, hard, _ = (_EagerFunction if eager else FusedKDFunction).apply(*arguments)
     return losses, soft, hard
+
+
+def _losses(
+    soft: Tensor, hard: Tensor, coef_soft: Coefficient, coef_hard: Coefficient, options: RowOptions, summed: bool
+) -> Tensor:
+    losses = soft * coef_soft if options.soft else hard * coef_hard
+    if options.soft and options.hard:
+        if isinstance(coef_hard, Tensor):
+            losses.addcmul_(hard, coef_hard)
+        else:
+            losses.add_(hard, alpha=coef_hard)
+    return losses.sum() if summed else losses
 
 
 def _gradients(
@@ -103,16 +115,32 @@ def _gradients(
     options: RowOptions,
     inplace: bool,
     wanted: tuple[bool, bool],
+    backend: Backend | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of the student, and of those coefficients of which it is wanted."""
-    grad = grad.expand(targets.shape)  # of the rows' sum, or of each row's loss
-    rows = (student, teacher, targets, stats, grad * coef_soft, grad * coef_hard, *options)
-    if inplace:
-        ops.rows_backward_(*rows)  # the operator: it tells autograd of the write
-        gradient = student.detach()
+    if not plain(student, grad):
+        backend = None
+    of_loss: Coefficient = grad  # of each row's loss; or of their sum, and then a number where nobody waits for it
+    if backend is not None and grad.dim() == 0 and grad.device.type == "cpu":
+        of_loss = float(grad)
+    grad_soft, grad_hard = _vector(of_loss * coef_soft, soft), _vector(of_loss * coef_hard, soft)
+    rows = (student, teacher, targets, stats, grad_soft, grad_hard)
+    if backend is not None:
+        gradient = student if inplace else empty_gradient(student)
+        if inplace:
+            torch.autograd.graph.increment_version(student)
+        backend.rows_backward(*rows, options, gradient)
+    elif inplace:
+        gradient = student
+        ops.rows_backward_(*rows, *options)  # the operator tells autograd of the write
     else:
-        gradient = (ops.backward if plain(student, teacher) else ops.rows_backward)(*rows)
-    return gradient, grad * soft if wanted[0] else None, grad * hard if wanted[1] else None
+        gradient = ops.rows_backward(*rows, *options)
+    gradient = gradient.detach() if inplace else gradient
+    return gradient, of_loss * soft if wanted[0] else None, of_loss * hard if wanted[1] else None
+
+
+def _vector(value: Coefficient, like: Tensor) -> Tensor:
+    return value.expand(like.shape) if isinstance(value, Tensor) else like.new_full(like.shape, value)
 
 
 class _Gradients(torch.autograd.Function):

@@ -10,6 +10,16 @@ from fused_kd.options import KDOptions
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def plain(*values: object) -> bool:
+    """Whether nothing but autograd sees what is done with these: no torch.compile, torch.func, mode or subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(value) is Tensor for value in values if isinstance(value, Tensor))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def check_logits(student: Tensor, teacher: Tensor, options: KDOptions) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, Tensor):
@@ -56,8 +66,8 @@ def check_labels(labels: Tensor | None, student: Tensor, options: KDOptions) -> 
     _check_shape("labels", labels, student)
 
 
-def check_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
-    """The weights, with NaN for those that may not be and could not be refused without a synchronisation."""
+def check_weights(weights: Tensor | None, student: Tensor, readable: bool) -> Tensor | None:
+    """The weights, with NaN for those that may not be and could not be refused, values not being `readable`."""
     if weights is None:
         return None
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
@@ -65,25 +75,10 @@ def check_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
         raise TypeError(f"weights must be a floating tensor, got {got}; for a mask use weights=mask.float()")
     _check_shape("weights", weights, student)
     fits = torch.isfinite(weights) & (weights >= 0)
-    if readable(weights) and not fits.all():
+    if readable and not fits.all():
         row = int((~fits.reshape(-1)).nonzero()[0])
         raise ValueError(f"weights must be finite and at least 0, got {float(weights.reshape(-1)[row])} in row {row}")
     return torch.where(fits, weights, torch.nan)
-
-
-def plain(*tensors: Tensor) -> bool:
-    """Whether nothing but autograd sees what is done with these: no torch.compile, torch.func, mode or subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(tensor) is Tensor for tensor in tensors)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether the values can be looked at: nobody waits for a device, and no trace takes them for constants."""
-    return plain(tensor) and tensor.device.type == "cpu"
 
 
 def check_num_items(num_items: float | Tensor | None, student: Tensor, options: KDOptions) -> None:

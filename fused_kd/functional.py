@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fused_kd.autograd import rows_loss
+from fused_kd.backends import choose
 from fused_kd.backends.rows import NO_LABEL, OUT_OF_RANGE, SKIP, RowOptions, row_dtype
-from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights, readable
+from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights, plain
 from fused_kd.options import Divergence, KDOptions, Reduction, VocabMismatch
 
 
@@ -124,10 +125,12 @@ def compute(
     options: KDOptions,
 ) -> Tensor | KDLossOutput:
     """`fused_kd_loss` with its options checked."""
+    eager = plain(student_logits, teacher_logits, labels, num_items, weights)
     check_logits(student_logits, teacher_logits, options)
     check_labels(labels, student_logits, options)
     check_num_items(num_items, student_logits, options)
-    weights = check_weights(weights, student_logits)
+    readable = eager and student_logits.device.type == "cpu"  # values, and without waiting for them
+    weights = check_weights(weights, student_logits, readable)
     if options.inplace:
         check_inplace(student_logits, teacher_logits)
 
@@ -138,7 +141,8 @@ def compute(
         label_smoothing=float(options.label_smoothing),
         soft=options.alpha > 0,
         hard=options.weight_of_hard > 0,
-        backend=options.backend,
+        # Chosen once, for both directions; an operator chooses when it runs.
+        backend=choose(options.backend, student_logits, teacher_logits).NAME if eager else options.backend,
     )
     soft_on_ignored = options.soft_on_ignored and rows.soft
     targets = _targets(student_logits, labels, weights, options.ignore_index, NO_LABEL if soft_on_ignored else SKIP)
@@ -151,12 +155,13 @@ def compute(
         weights = weights.flatten().to(dtype)
 
     counted = targets != SKIP
-    rate = partial(_rate, weights, num_items, student_logits.shape[0], options.reduction, dtype)
+    rate = partial(_rate, weights, num_items, student_logits.shape[0], options.reduction, dtype, readable)
     of_soft = of_hard = rate(counted)
     if soft_on_ignored:
         of_hard = rate(counted & (targets != NO_LABEL))
     positions = student_logits.shape[:-1] if options.reduction == "none" else None
     loss, soft, hard = rows_loss(
+        eager,
         student_logits,
         teacher_logits.detach(),
         targets,
@@ -202,6 +207,7 @@ def _rate(
     batch: int,
     reduction: Reduction,
     dtype: torch.dtype,
+    readable: bool,
     rows: Tensor,
 ) -> float | Tensor:
     """What each of `rows` counts for, so that they need only be summed. A mean over nothing is 0, not 0 / 0."""
@@ -216,8 +222,8 @@ def _rate(
     elif reduction == "mean" and weights is not None:
         divisor = (weights * rows).sum()
         divisor = divisor + (divisor == 0)
-    elif reduction == "mean" and readable(rows):
-        divisor = max(1, int(rows.sum()))
+    elif reduction == "mean" and readable:
+        divisor = max(1, int(rows.count_nonzero()))
     elif reduction == "mean":
         divisor = rows.sum(dtype=dtype).clamp(min=1)
     if weights is not None:

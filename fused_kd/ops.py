@@ -1,6 +1,6 @@
-"""The row operations as functions, and as the PyTorch operators that torch.compile sees as a whole.
+"""The row operations as the PyTorch operators that torch.compile sees as a whole.
 
-The backend is chosen when an operation runs. Vectors with one number a row are float32, or float64 where one of the
+The backend is chosen when an operator runs. Vectors with one number a row are float32, or float64 where one of the
 logits is. What a fake kernel allocates is what the real one does.
 """
 

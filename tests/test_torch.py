@@ -1,11 +1,13 @@
 """The loss inside PyTorch: autograd's checks, torch.compile, torch.func, autocast, operators."""
 
+import contextlib
 import inspect
 from typing import Any
 
 import pytest
 import torch
 from support import DTYPES, assert_gradient, make_labels, make_logits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import FusedKDLoss, fused_kd_loss, ops
 from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions, row_dtype
@@ -164,6 +166,39 @@ def test_func_grad(backend: str) -> None:
     gradient = torch.func.grad(loss)(student)
     logits = student.clone().requires_grad_()
     assert torch.equal(gradient, torch.autograd.grad(loss(logits), logits)[0])
+
+
+class _Seen(TorchDispatchMode):
+    """Collects the names of fused_kd's operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fused_kd":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("in_forward", "in_backward"), [(True, False), (False, True), (True, True)])
+def test_a_mode_sees_operators(in_forward: bool, in_backward: bool, inplace: bool, backend: str) -> None:
+    student, teacher = make_logits("wide", 3, 50)
+    labels = torch.tensor([1, -100, 3])
+    results = []
+    for forward, backward in ((False, False), (in_forward, in_backward)):
+        seen, nothing = _Seen(), contextlib.nullcontext()
+        logits = student.clone().requires_grad_()
+        with seen if forward else nothing:
+            loss = fused_kd_loss(logits * 1, teacher, labels, inplace=inplace, backend=backend)
+        assert isinstance(loss, torch.Tensor)
+        with seen if backward else nothing:
+            (gradient,) = torch.autograd.grad(loss, logits)
+        results.append((loss, gradient))
+        verb = "rows_backward_" if inplace else "rows_backward"
+        assert seen.names == ["rows_forward"] * forward + [verb] * backward
+    assert all(map(torch.equal, *results))
 
 
 def test_autocast_changes_nothing(backend: str) -> None:
