@@ -67,14 +67,27 @@ def test_bits_do_not_depend_on_the_address(dtype: torch.dtype, backend: str) -> 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("columns", [65544, 65541])
 def test_bits_of_a_gradient_larger_than_the_caches(columns: int, temperature: float) -> None:
-    """Written past them, where its rows are aligned."""
+    """Written past them, where its rows are aligned and it does not replace the logits."""
     student, teacher = make_logits("wide", 130, columns)
     targets, coef = make_labels(130, vocabulary=columns, ignored=0), torch.linspace(0.1, 1, 130)
     options = RowOptions(temperature, temperature, "forward_kl", 0.0, True, True, "cpu")
-    fused = PREFERENCE["cpu"].rows_fused
-    whole = torch.full_like(student, 7)
-    fused(student, teacher, targets, coef, coef, options, whole)
-    parts = torch.full_like(student, 7)
-    for span in (slice(0, 60), slice(60, 130)):
-        fused(student[span], teacher[span], targets[span], coef[span], coef[span], options, parts[span])
-    assert torch.equal(whole, parts)
+    cpu = PREFERENCE["cpu"]
+    stats = cpu.rows_forward(student, teacher, targets, options)[2]
+
+    def fused(rows: slice, out: torch.Tensor) -> None:
+        cpu.rows_fused(student[rows], teacher[rows], targets[rows], coef[rows], coef[rows], options, out[rows])
+
+    def backward(rows: slice, out: torch.Tensor) -> None:
+        logits = out if out is replaced else student
+        rest = (teacher[rows], targets[rows], stats[rows], coef[rows], coef[rows])
+        cpu.rows_backward(logits[rows], *rest, options, out[rows])
+
+    replaced = student.clone()
+    for verb in (fused, backward):
+        whole, parts = torch.full_like(student, 7), torch.full_like(student, 7)
+        verb(slice(0, 130), whole)
+        for span in (slice(0, 60), slice(60, 130)):
+            verb(span, parts)
+        assert torch.equal(whole, parts)
+    backward(slice(0, 130), replaced)
+    assert torch.equal(whole, replaced)

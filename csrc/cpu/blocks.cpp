@@ -150,7 +150,7 @@ FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict 
     return sums;
 }
 
-template <Hard hard, class Dtype, class Teacher>
+template <Hard hard, class Dtype, class Teacher, bool past_caches>
 FKD_CLONES void gradient_of(const typename Dtype::Bits* s, const typename Teacher::Bits* t, int n, GradientScales r,
                             Scales k, typename Dtype::Bits* g) {
     constexpr int lanes = kLanes * 4 / sizeof(*g);
@@ -172,7 +172,15 @@ FKD_CLONES void gradient_of(const typename Dtype::Bits* s, const typename Teache
         }
     };
     int j = 0;
-    for (; j + lanes <= n; j += lanes) step(s + j, t + j, g + j);
+    for (; j + lanes <= n; j += lanes) {
+        if constexpr (past_caches) {
+            alignas(16) float out[kLanes];
+            step(s + j, t + j, out);
+            store_past_caches(out, g + j);
+        } else {
+            step(s + j, t + j, g + j);
+        }
+    }
     if (j < n) {
         typename Dtype::Bits out[lanes];
         step(Tail<Dtype, lanes>::of(s + j, n - j).x, Tail<Teacher, lanes>::of(t + j, n - j).x, out);
@@ -258,10 +266,13 @@ void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r,
         with_dtype(g.dtype, [&](auto d) {
             const auto* student = elements(s.data, d);
             auto* gradient = elements(g.data, d);
-            if (t.dtype == s.dtype)
-                gradient_of<h.value, decltype(d), decltype(d)>(student, elements(t.data, d), n, r, k, gradient);
-            else
-                gradient_of<h.value, decltype(d), Float32>(student, elements(t.data, Float32()), n, r, k, gradient);
+            const auto run = [&](auto teacher, auto past_caches) {
+                gradient_of<h.value, decltype(d), decltype(teacher), past_caches.value>(
+                    student, elements(t.data, teacher), n, r, k, gradient);
+            };
+            if constexpr (std::is_same_v<decltype(d), Float32>)
+                if (g.past_caches) return run(Float32(), std::true_type());
+            t.dtype == s.dtype ? run(d, std::false_type()) : run(Float32(), std::false_type());
         });
     });
 }

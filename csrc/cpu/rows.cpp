@@ -106,15 +106,12 @@ class Verb {
             [&](int64_t row, int64_t b) {
                 Workspace& w = space(spaces, row);
                 const GradientScales r = gradient_scales(row, w.stats, coef_soft, coef_hard);
-                const bool past = past_caches(gradient);
                 write_gradient(row, b, gradient, r, [&](Range at, Output g) {
-                    g.past_caches = past;
                     const KeptFactors f = kept_factors(w.pieces[static_cast<size_t>(b)], r);
                     const Kept kept = kept_block(w, b);
                     loss_.soft ? block_gradient_of_kept(hard_, kept, at.n, f, g)
                                : block_hard_gradient_of_kept(kept, at.n, f, g);
                 });
-                if (past && (split_ || b == blocks_ - 1)) finish_stores();
             });
     }
 
@@ -154,11 +151,12 @@ class Verb {
         while (streams < kStreams) add(a.at[0], a.size[0]);
         return a;
     }
-    // A float32 gradient that no cache will hold is written past them, where all its rows lie at multiples of 16 bytes.
+    // A float32 gradient that no cache will hold is written past them, where all its rows lie at multiples of 16 bytes;
+    // but not over the logits, whose lines are there.
     bool past_caches(const FkdRows& gradient) const {
-        bool aligned = reinterpret_cast<uintptr_t>(gradient.data) % 16 == 0;
-        for (int64_t d = 0; d < gradient.dims; ++d) aligned = aligned && gradient.strides[d] % 4 == 0;
-        return loss_.soft && gradient.dtype == FKD_FLOAT32 && aligned && rows_ * columns_ * 4 >= kLargerThanCaches;
+        bool apart = gradient.data != student_.data && reinterpret_cast<uintptr_t>(gradient.data) % 16 == 0;
+        for (int64_t d = 0; d < gradient.dims; ++d) apart = apart && gradient.strides[d] % 4 == 0;
+        return loss_.soft && gradient.dtype == FKD_FLOAT32 && apart && rows_ * columns_ * 4 >= kLargerThanCaches;
     }
     bool labelled(int64_t row) const { return hard_ != Hard::off && targets_[row] >= 0; }
 
@@ -337,7 +335,10 @@ class Verb {
         const int64_t label = targets_[row] - at.begin;
         const bool here = labelled(row) && 0 <= label && label < at.n;
         const float at_label = here ? gradient_at_label(row, r) : 0;  // before the gradient overwrites the logits
-        fill(at, out.output(at.begin));
+        Output to = out.output(at.begin);
+        to.past_caches = past_caches(gradient);
+        fill(at, to);
+        if (to.past_caches && (split_ || b == blocks_ - 1)) finish_stores();
         if (here) narrow(at_label, out.output(targets_[row]));
     }
 
