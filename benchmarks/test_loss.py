@@ -176,6 +176,6 @@ def test_loss_and_gradient(benchmark: object, shape: tuple[int, int], dtype: tor
         crossings = next((n for name, n in CROSSINGS.items() if contender.endswith(name)), 5)
         benchmark.extra_info["bytes"] = crossings * inputs.teacher.nbytes
         large = rows * vocabulary > 10**7
-        benchmark.pedantic(function, rounds=9 if large else 200, iterations=1, warmup_rounds=2)
+        benchmark.pedantic(function, rounds=25 if large else 200, iterations=1, warmup_rounds=5)
     except torch.cuda.OutOfMemoryError:
         pytest.skip(f"{contender}: out of memory at {rows} x {vocabulary}, {dtype}")
