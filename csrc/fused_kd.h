@@ -16,7 +16,7 @@ enum FkdDtype { FKD_FLOAT32 = 0, FKD_BFLOAT16 = 1, FKD_FLOAT16 = 2 };
 enum FkdDivergence { FKD_FORWARD_KL = 0, FKD_CROSS_ENTROPY = 1 };
 
 // A target says what a row is for: a label in [0, V), or one of these. Everything else is out of range.
-static const int64_t FKD_SKIP = -100;           // no term; the row is not read. (What labels mostly have for it.)
+static const int64_t FKD_SKIP = -100;           // no term; the row is not read. PyTorch's default ignore_index
 static const int64_t FKD_NO_LABEL = INT64_MIN;  // the soft term only
 
 // What the gradient needs of a row: the columns of stats[N, FKD_STATS], float32.
