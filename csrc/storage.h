@@ -1,4 +1,4 @@
-// How logits are stored: their dtypes, and where a row lies. For every native backend.
+// How logits are stored: their dtypes, where a row lies, and whether it is read. For every native backend.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -75,6 +75,11 @@ FKD_MATH int64_t row_offset(const FkdRows& a, int64_t row) {
         row /= a.sizes[d];
     }
     return a.dims > 0 ? offset + row * a.strides[0] : offset;
+}
+
+// Whether a row has a term. If not it is skipped, or its label is out of range.
+FKD_MATH bool readable(int64_t target, int64_t columns) {
+    return target == FKD_NO_LABEL || (target >= 0 && target < columns);
 }
 
 }  // namespace fused_kd

@@ -54,11 +54,8 @@ class Verb {
     }
 
     int64_t first_bad_target() const {
-        for (int64_t row = 0; row < rows_; ++row) {
-            const int64_t target = targets_[row];
-            const bool label = target != FKD_SKIP && target != FKD_NO_LABEL;
-            if (label && (target < 0 || target >= columns_)) return row;
-        }
+        for (int64_t row = 0; row < rows_; ++row)
+            if (targets_[row] != FKD_SKIP && !readable(targets_[row], columns_)) return row;
         return -1;
     }
 

@@ -151,10 +151,7 @@ struct Range {
     }
 };
 
-// Whether the row has a term. If not it is skipped, or its label is out of range: then it is NaN, and is not read.
-FKD_GPU bool readable(int64_t target, int64_t columns) {
-    return target == FKD_NO_LABEL || (target >= 0 && target < columns);
-}
+// A row that is not read is skipped, or its label is out of range: then it is NaN.
 FKD_GPU float unread_value(int64_t target) { return target == FKD_SKIP ? 0.0f : NAN; }
 
 }  // namespace fused_kd
