@@ -95,10 +95,11 @@ def _losses(
 ) -> Tensor:
     losses = soft * coef_soft if options.soft else hard * coef_hard
     if options.soft and options.hard:
+        # Not in place: under torch.compile of PyTorch 2.11 a result that was written to has a gradient of 0.
         if isinstance(coef_hard, Tensor):
-            losses.addcmul_(hard, coef_hard)
+            losses = torch.addcmul(losses, hard, coef_hard)
         else:
-            losses.add_(hard, alpha=coef_hard)
+            losses = torch.add(losses, hard, alpha=coef_hard)
     return losses.sum() if summed else losses
 
 
