@@ -105,7 +105,7 @@ def teacher_exponent(t, point_t, k_t, EXACT: tl.constexpr):
 @triton.jit
 def log2_ratio(x_s, x_t, ROOT: tl.constexpr):
     """delta of columns that are not EXACT."""
-    return tl.fma(x_s, ROOT, -x_t) if ROOT > 1 else x_s - x_t
+    return ROOT * x_s - x_t
 
 
 @triton.jit
@@ -441,5 +441,5 @@ def gradient(
             half = tl.fma(log2_ratio(x_s, x_t, ROOT), LN2 / 2, log_ratio * (-LN2 / 2))
             near = half * tl.fma(ratio, e_s, e_t)
             close = tl.abs(half) < SMALL_16 / 2
-        g = tl.fma(tl.where(close, near, tl.fma(ratio, e_s, -e_t)), by_t, g)
+        g = tl.fma(tl.where(close, near, ratio * e_s - e_t), by_t, g)
     return g
