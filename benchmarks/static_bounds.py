@@ -121,7 +121,7 @@ def compiled(
     kernel = getattr(triton_kernels, name)
     launch = launch_for(columns, max(ITEMSIZE[student], ITEMSIZE[teacher]), target.warp_size)
     exact = student == "fp32" and "all options" not in variant  # which include a temperature of the teacher's own
-    shape = {**shape_of(launch), "WHOLE": columns <= launch.section, "EXACT": exact, **overrides}
+    shape = {**shape_of(launch), "WHOLE": columns <= launch.section, "EXACT": exact, "SHIFTED": False, "ALIKE": True, **overrides}
     options = {key: shape.pop(key) for key in ("num_warps", "num_stages")}
     # Triton compiles an argument that is 1 as a constant.
     ones = dict.fromkeys(("targets_stride", "soft_stride", "hard_stride", *(["sections"] if shape["WHOLE"] else ())), 1)

@@ -142,6 +142,7 @@ def rows_forward(
             *values,
             **switches,
             **shape_of(launch),
+            SHIFTED=_shifted(launch.vector, student, teacher),
             WHOLE=sections == 1,
         )
         if sections > 1:
@@ -199,6 +200,7 @@ def rows_backward(
             *scalars,
             **switches,
             **shape_of(launch),
+            ALIKE=_alike(launch.vector, student, teacher, out),
         )
 
 
@@ -244,6 +246,8 @@ def rows_fused(
             **switches,
             ENTROPY=_entropy(options),
             **shape_of(launch),
+            SHIFTED=_shifted(launch.vector, student, teacher),
+            ALIKE=_alike(launch.vector, student, teacher, out),
             WHOLE=sections == 1,
         )
     return soft, hard
@@ -296,6 +300,23 @@ def shape_of(launch: Launch) -> dict[str, int]:
         "num_warps": launch.warps,
         "num_stages": launch.stages,
     }
+
+
+def _past_vectors(vector: int, logits: Tensor) -> tuple[int, ...]:
+    """How many columns rows start past multiples of a vector's bytes: the first one, and what each stride adds."""
+    first = logits.data_ptr() // logits.element_size() % vector
+    leading = zip(logits.shape[:-1], logits.stride()[:-1], strict=True)
+    return first, *(stride % vector for size, stride in leading if size > 1)
+
+
+def _shifted(vector: int, *logits: Tensor) -> bool:
+    """Whether some rows do not start at a multiple of a vector's bytes."""
+    return any(any(_past_vectors(vector, x)) for x in logits)
+
+
+def _alike(vector: int, *logits: Tensor) -> bool:
+    """Whether a row starts as far past such a multiple in each of these."""
+    return len({_past_vectors(vector, x) for x in logits}) == 1
 
 
 def _layout(logits: Tensor) -> tuple[int, ...]:

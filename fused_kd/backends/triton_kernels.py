@@ -8,6 +8,16 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends import rows
+from fused_kd.backends.triton_memory import (
+    columns_between,
+    fill,
+    floored,
+    loaded,
+    reader,
+    row_start,
+    tile_columns,
+    tile_of,
+)
 from fused_kd.backends.triton_math import (
     PARTS,
     centre,
@@ -24,16 +34,6 @@ from fused_kd.backends.triton_math import (
 SKIP = tl.constexpr(rows.SKIP)
 NO_LABEL = tl.constexpr(rows.NO_LABEL)
 STATS = tl.constexpr(rows.STATS)
-
-
-@triton.jit
-def row_start(row, layout):
-    """The offset of a row: layout is stride, size, stride, size, ..., stride of the leading dimensions, last first."""
-    start = (row * 0).to(tl.int64)
-    for i in tl.static_range(len(layout) // 2):
-        start += (row % layout[2 * i + 1]).to(tl.int64) * layout[2 * i]
-        row = row // layout[2 * i + 1]
-    return start + row.to(tl.int64) * layout[len(layout) - 1]
 
 
 @triton.jit
@@ -54,77 +54,27 @@ def label_of(target, HARD: tl.constexpr):
 
 
 @triton.jit
-def beside(a, b):
-    """Two tiles [LANES, n] as one [LANES, 2 n], within the lanes: the order of the columns is nobody's business."""
-    return tl.reshape(tl.join(a, b), [a.shape[0], 2 * a.shape[1]])
+def section_tiles(first, begin, end, last, label, SECTION: tl.constexpr, TILE: tl.constexpr):
+    """Where the tiles of the section from column `first` on lie, counted from there: the plain ones, from `head` to
+    `plain` with the one at `labelled` left out; and how many are not plain, and where those end that are whole.
 
-
-@triton.jit
-def group_columns(LANES: tl.constexpr, VECTOR: tl.constexpr):
-    return tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-
-
-@triton.jit
-def tile_columns(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """The columns of a tile, laid out as `tile_of` lays out the logits."""
-    columns = group_columns(LANES, VECTOR)
-    if GROUPS > 1:
-        columns = beside(columns, LANES * VECTOR + columns)
-    if GROUPS > 2:
-        columns = beside(columns, 2 * LANES * VECTOR + columns)
-    tl.static_assert(GROUPS <= 4 and GROUPS != 3)
-    return columns
-
-
-@triton.jit
-def section_tiles(section, vocabulary, label, SECTION: tl.constexpr, TILE: tl.constexpr):
-    """What a section consists of: its first column, how many tiles are plain, which tile is not, and how many are not.
-
-    Plain tiles lie within the row and do not hold the label: all but the label's, and the last if it is short.
+    Plain tiles lie between `begin` and `end` and do not hold the label: all but the first if the row begins within it,
+    the label's, and the last if it is short. The `last` section takes all the rest.
     """
-    first = section * SECTION
-    length = tl.minimum(vocabulary - first, SECTION)
-    whole = length // TILE
-    inside = (label >= first) & (label < first + whole * TILE)
-    labelled = tl.where(inside, (label - first) // TILE, whole)
-    edges = inside.to(tl.int32) + (length % TILE > 0).to(tl.int32)
-    return first, whole - inside.to(tl.int32), labelled, edges, whole
+    length = tl.where(last, end - first, SECTION)
+    whole = length // TILE * TILE
+    head = tl.where((begin > first) & (whole > 0), TILE, 0)
+    inside = (label >= first + head) & (label < first + whole)
+    labelled = tl.where(inside, (label - first) // TILE * TILE, whole)
+    edges = (head > 0).to(tl.int32) + inside.to(tl.int32) + (length > whole).to(tl.int32)
+    return head, whole - tl.where(inside, TILE, 0), labelled, edges, whole
 
 
 @triton.jit
-def loaded(row, start, within, end, EDGE: tl.constexpr, KEPT: tl.constexpr):
-    """Logits in float32, -inf from `end` on. KEPT in the cache: they will be read again."""
-    at = row + start + within
-    POLICY: tl.constexpr = "evict_last" if KEPT else "evict_first"
-    if EDGE:
-        x = tl.load(at, mask=start + within < end, other=-float("inf"), eviction_policy=POLICY)
-    else:
-        x = tl.load(at, eviction_policy=POLICY)
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def tile_of(
-    row,
-    start,
-    end,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    EDGE: tl.constexpr,
-    KEPT: tl.constexpr,
-):
-    GROUP: tl.constexpr = LANES * VECTOR
-    within = group_columns(LANES, VECTOR)
-    x = loaded(row, start, within, end, EDGE, KEPT)
-    if GROUPS > 1:
-        x = beside(x, loaded(row, start + GROUP, within, end, EDGE, KEPT))
-    if GROUPS > 2:
-        y = loaded(row, start + 2 * GROUP, within, end, EDGE, KEPT)
-        x = beside(x, beside(y, loaded(row, start + 3 * GROUP, within, end, EDGE, KEPT)))
-    return x
+def edge_tile(i, head, labelled, whole):
+    """Where the i-th tile lies of those that are not plain."""
+    left = i - (head > 0).to(tl.int32)
+    return tl.where(left < 0, 0, tl.where(left == 0, labelled, whole))
 
 
 @triton.jit
@@ -132,6 +82,7 @@ def section_part(
     student,
     teacher,
     section,
+    sections,
     label,
     vocabulary,
     k,
@@ -147,26 +98,32 @@ def section_part(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     SECTION: tl.constexpr,
+    SHIFTED: tl.constexpr,
     KEPT: tl.constexpr,
 ):
     """What one section of a row comes to."""
     TILE: tl.constexpr = GROUPS * LANES * VECTOR
-    first, plain, labelled, edges, last = section_tiles(section, vocabulary, label, SECTION, TILE)
-    within = tile_columns(GROUPS, LANES, VECTOR)
+    STUDENT: tl.constexpr = student.dtype.element_ty
+    TEACHER: tl.constexpr = teacher.dtype.element_ty
+    first = section * SECTION
+    last = section == sections - 1
+    head, plain, labelled, edges, whole = section_tiles(first, 0, vocabulary, last, label, SECTION, TILE)
+    students, teachers = reader(student, LANES, VECTOR, SHIFTED), reader(teacher, LANES, VECTOR, SHIFTED)
+    within = tile_columns(0, GROUPS, LANES, VECTOR)
     part = nothing(tl.zeros([LANES], tl.float32))
     own = centre(part[0], part[1], k, k_t, EXACT, ROOT)
-    for i in range(plain):
-        start = first + (i + (i >= labelled).to(tl.int32)) * TILE
-        s = tile_of(student, start, vocabulary, GROUPS, LANES, VECTOR, False, KEPT)
-        t = tile_of(teacher, start, vocabulary, GROUPS, LANES, VECTOR, False, KEPT) if SOFT else s
+    for start in range(first, first + plain, TILE):
+        start = tl.where(start >= first + labelled, start + TILE, start)
+        s = tile_of(students, start, vocabulary, STUDENT, GROUPS, VECTOR, SHIFTED, False, KEPT)
+        t = tile_of(teachers, start, vocabulary, TEACHER, GROUPS, VECTOR, SHIFTED, False, KEPT) if SOFT else s
         part, own = extended(
             part, own, s, t, start + within, vocabulary, label, k, k_t,
             SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER, False,
         )  # fmt: skip
     for i in range(edges):
-        start = first + tl.where(i == 0, labelled, last) * TILE
-        s = tile_of(student, start, vocabulary, GROUPS, LANES, VECTOR, True, KEPT)
-        t = tile_of(teacher, start, vocabulary, GROUPS, LANES, VECTOR, True, KEPT) if SOFT else s
+        start = first + edge_tile(i, head, labelled, whole)
+        s = tile_of(students, start, vocabulary, STUDENT, GROUPS, VECTOR, SHIFTED, True, KEPT)
+        t = tile_of(teachers, start, vocabulary, TEACHER, GROUPS, VECTOR, SHIFTED, True, KEPT) if SOFT else s
         part, own = extended(
             part, own, s, t, start + within, vocabulary, label, k, k_t,
             SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER, True,
@@ -256,6 +213,7 @@ def forward(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     SECTION: tl.constexpr,
+    SHIFTED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """One section of one row. WHOLE: it is the whole row; else `finish` puts the row's sections together."""
@@ -266,8 +224,8 @@ def forward(
         student += row_start(row, student_layout)
         teacher += row_start(row, teacher_layout)
         part = section_part(
-            student, teacher, section, label_of(target, HARD), vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-            EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, False,
+            student, teacher, section, sections, label_of(target, HARD), vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
+            EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, False,
         )  # fmt: skip
         if WHOLE:
             values = finish_row(
@@ -332,6 +290,7 @@ def section_gradient(
     teacher,
     out,
     section,
+    sections,
     label,
     vocabulary,
     scales,
@@ -347,37 +306,49 @@ def section_gradient(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     SECTION: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):
-    """Writes the gradient of one section of a row; `out` may be the student's logits themselves."""
+    """Writes the gradient of one section of a row; `out` may be the student's logits themselves.
+
+    Columns are counted from a multiple of a vector's bytes of `out`, at or before its first. ALIKE: which is one of the
+    logits' too.
+    """
     TILE: tl.constexpr = GROUPS * LANES * VECTOR
-    FINE: tl.constexpr = out.dtype.element_ty.primitive_bitwidth == 32
-    first, plain, labelled, edges, last = section_tiles(section, vocabulary, label, SECTION, TILE)
-    # VECTOR wide, so that logits of both dtypes lie in the threads alike.
-    within = group_columns(GROUPS * LANES, VECTOR)
-    # Addresses of the first tile, so that the loop has one number to add.
-    student_tile, teacher_tile, out_tile = student + first + within, teacher + first + within, out + first + within
-    for i in range(plain):
-        start = (i + (i >= labelled).to(tl.int32)) * TILE
-        s = loaded(student_tile, start, 0, vocabulary, False, False)
-        t = loaded(teacher_tile, start, 0, vocabulary, False, False) if SOFT else s
-        columns = first + start + within
-        g = gradient(s, t, columns, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, False)
-        tl.store(out_tile + start, g.to(out.dtype.element_ty), cache_modifier=".cs")
+    STUDENT: tl.constexpr = student.dtype.element_ty
+    TEACHER: tl.constexpr = teacher.dtype.element_ty
+    FINE: tl.constexpr = STUDENT == tl.float32
+    aligned = floored(out, VECTOR * (STUDENT.primitive_bitwidth // 8))
+    begin = columns_between(aligned, out)
+    end = begin + vocabulary
+    label = tl.where(label >= 0, begin + label, -1)
+    first = section * SECTION
+    last = section == sections - 1
+    head, plain, labelled, edges, whole = section_tiles(first, begin, end, last, label, SECTION, TILE)
+    # VECTOR wide, so that logits of both dtypes lie in the threads alike. From the first tile, so that the loop has
+    # one number to add.
+    students = reader(student - begin + first, GROUPS * LANES, VECTOR, not ALIKE)
+    teachers = reader(teacher - begin + first, GROUPS * LANES, VECTOR, not ALIKE)
+    within = tile_columns(first, 1, GROUPS * LANES, VECTOR)
+    out_tile = reader(aligned + first, GROUPS * LANES, VECTOR, False)[0][:, None] + tl.arange(0, VECTOR)[None, :]
+    begin -= first
+    end -= first
+    for start in range(head, plain, TILE):
+        start = tl.where(start >= labelled, start + TILE, start)
+        s = loaded(students, start, begin, end, STUDENT, VECTOR, not ALIKE, False, False)
+        t = loaded(teachers, start, begin, end, TEACHER, VECTOR, not ALIKE, False, False) if SOFT else s
+        g = gradient(
+            s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, False
+        )
+        tl.store(out_tile + start, g.to(STUDENT), cache_modifier=".cs")
     for i in range(edges):
-        start = first + tl.where(i == 0, labelled, last) * TILE
-        s = loaded(student, start, within, vocabulary, True, False)
-        t = loaded(teacher, start, within, vocabulary, True, False) if SOFT else s
-        g = gradient(s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, True)
-        inside = start + within < vocabulary
-        tl.store(out + start + within, g.to(out.dtype.element_ty), mask=inside, cache_modifier=".cs")
-
-
-@triton.jit
-def fill(out, first, end, value, TILE: tl.constexpr):
-    for start in range(first, end, TILE):
-        columns = start + tl.arange(0, TILE)
-        filled = tl.zeros([TILE], tl.float32) + value
-        tl.store(out + columns, filled.to(out.dtype.element_ty), mask=columns < end)
+        start = edge_tile(i, head, labelled, whole)
+        s = loaded(students, start, begin, end, STUDENT, VECTOR, not ALIKE, True, False)
+        t = loaded(teachers, start, begin, end, TEACHER, VECTOR, not ALIKE, True, False) if SOFT else s
+        g = gradient(
+            s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, True
+        )
+        inside = (start + within >= begin + first) & (start + within < end + first)
+        tl.store(out_tile + start, g.to(STUDENT), mask=inside, cache_modifier=".cs")
 
 
 @triton.jit
@@ -412,6 +383,7 @@ def backward(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     SECTION: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):
     """The gradient of one section of one row. `out` has `width` columns: 0 in those that the teacher lacks."""
     row = tl.program_id(0) // sections
@@ -431,9 +403,9 @@ def backward(
             SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER,
         )  # fmt: skip
         section_gradient(
-            student + row_start(row, student_layout), teacher + row_start(row, teacher_layout), out, section,
+            student + row_start(row, student_layout), teacher + row_start(row, teacher_layout), out, section, sections,
             label_of(target, HARD), vocabulary, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER,
-            GROUPS, LANES, VECTOR, SECTION,
+            GROUPS, LANES, VECTOR, SECTION, ALIKE,
         )  # fmt: skip
     else:
         fill(out, section * SECTION, tl.minimum((section + 1) * SECTION, vocabulary), unread_value(target), TILE)
@@ -475,6 +447,8 @@ def fused(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     SECTION: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    ALIKE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """A row's terms and its gradient in one visit: the sections read last, and still in the cache, come first again."""
@@ -488,15 +462,15 @@ def fused(
         label = label_of(target, HARD)
         if WHOLE:
             part = section_part(
-                student, teacher, 0, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-                EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, True,
+                student, teacher, 0, 1, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
+                EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, True,
             )  # fmt: skip
         else:
             part = nothing(smoothing)
             for section in range(sections):
                 next_part = section_part(
-                    student, teacher, section, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-                    EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, True,
+                    student, teacher, section, sections, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
+                    EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, True,
                 )  # fmt: skip
                 part = joined(part, next_part, k, k_t, SOFT, EXACT, ROOT, POWER)
         values = finish_row(
@@ -510,8 +484,8 @@ def fused(
         )  # fmt: skip
         for i in range(sections):
             section_gradient(
-                student, teacher, out, sections - 1 - i, label, vocabulary, scales, k, k_t,
-                SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION,
+                student, teacher, out, sections - 1 - i, sections, label, vocabulary, scales, k, k_t,
+                SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, ALIKE,
             )  # fmt: skip
     else:
         finish_unread_row(row, target, soft, hard)
