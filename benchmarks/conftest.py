@@ -5,13 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-
-YARDSTICK = "softmax"
-COPY = "floor: copy"
-SHAPES = {
-    "cpu": "256x128256,256x1000,128x100",
-    "cuda": "8192x32000,8192x128256,8192x151936,8192x262144,8x151936",
-}
+from contenders import COPY, SHAPES, YARDSTICK
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
