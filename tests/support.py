@@ -12,12 +12,18 @@ from fused_kd import KDLossOutput, fused_kd_loss
 from fused_kd.backends import PREFERENCE, refusal
 from fused_kd.reference import kd_loss
 
+# The bounds of docs/design.md for a loss; those for a gradient are in gradient_bound.
+LOSS_RELATIVE = 1e-5
+LOSS_ABSOLUTE = 1e-12  # what the reference itself loses at logits of 1e4: a log-sum-exp in float64
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOGITS = ("wide", "peaked", "masked", "close", "big")
 INF = float("inf")
 
-# The backends that take CPU tensors here; tests run on each. "cuda" does with its kernels compiled for the CPU.
-cuda_host.use()
+# The backends that take CPU tensors here; tests run on each. "cuda" does with its kernels compiled for the CPU, but
+# there is one CUDA library in a process, and where there is a GPU it is that GPU's.
+if not torch.cuda.is_available():
+    cuda_host.use()
 BACKENDS = [
     name for name, backend in PREFERENCE.items() if refusal(backend, torch.empty(1, 2), torch.empty(1, 2)) is None
 ]
@@ -116,29 +122,34 @@ def _identity(logits: Tensor) -> Tensor:
     return result
 
 
-def assert_loss(loss: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
-    # 1e-12 is what the reference itself loses at logits of 1e4: a log-sum-exp in float64.
-    torch.testing.assert_close(loss.double(), expected, rtol=relative, atol=1e-12, equal_nan=True)
+def assert_loss(loss: Tensor, expected: Tensor, relative: float = LOSS_RELATIVE) -> None:
+    torch.testing.assert_close(loss.double(), expected, rtol=relative, atol=LOSS_ABSOLUTE, equal_nan=True)
 
 
 def gradient_error(gradient: Tensor, exact: Tensor) -> float:
     return float((gradient.double() - exact).norm() / exact.norm())
 
 
+def gradient_bound(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the error's norm. float32: 2e-6 of the gradient's. 16 bits: 1.1 times what rounding the gradient costs."""
+    # Where one column has all of p and q it is 0; a fused multiply-add leaves the last bits of a product there.
+    bound = 2e-6 * exact.norm() + 1e-14
+    if dtype in (torch.bfloat16, torch.float16):
+        bound = torch.maximum(bound, 1.1 * (exact.to(dtype).double() - exact).norm())
+    return bound
+
+
 def assert_gradient(gradient: Tensor, exact: Tensor) -> None:
-    """float32: 2e-6 of the norm. 16 bits: 1.1 times what rounding the exact gradient costs."""
     assert gradient.shape == exact.shape
     assert torch.equal(gradient.isnan(), exact.isnan())
     gradient, exact = gradient.nan_to_num(), exact.nan_to_num()
-    error = (gradient.double() - exact).norm()
-    # Where one column has all of p and q it is 0; a fused multiply-add leaves the last bits of a product there.
-    bound = 2e-6 * exact.norm() + 1e-14
-    if gradient.dtype in (torch.bfloat16, torch.float16):
-        bound = torch.maximum(bound, 1.1 * (exact.to(gradient.dtype).double() - exact).norm())
+    error, bound = (gradient.double() - exact).norm(), gradient_bound(exact, gradient.dtype)
     assert error <= bound, f"error {error:.3e}, bound {bound:.3e}, norm {exact.norm():.3e}"
 
 
-def check(student: Tensor, teacher: Tensor, labels: Tensor | None, *, relative: float = 1e-5, **options: Any) -> None:
+def check(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, *, relative: float = LOSS_RELATIVE, **options: Any
+) -> None:
     """The package agrees with the reference, in value and gradient."""
     loss, gradient, expected, exact = both(student, teacher, labels, **options)
     assert gradient.dtype == student.dtype
