@@ -95,7 +95,7 @@ FKD_GPU void store(typename V::Student::Bits* to, float x) {
     *to = V::Student::narrowed(x);
 }
 
-// One column a lane: rows' ends, the columns around the label, and whatever is not aligned alike.
+// One column a lane: rows' ends, the columns around the label.
 template <class V>
 FKD_GPU void fill_columns(const RowView<V>& row, const RowGradient<V>& g, typename V::Student::Bits* out, int begin,
                            int end, int label) {
@@ -104,16 +104,17 @@ FKD_GPU void fill_columns(const RowView<V>& row, const RowGradient<V>& g, typena
         store<V>(out + column, g(row.s(column), row.t(column), column == label));
 }
 
-template <class V>
+template <class V, Loads loads>
 FKD_GPU void fill_steps(const RowView<V>& row, const RowGradient<V>& g, typename V::Student::Bits* out, int steps,
                          int left_out) {
     const int first = (left_out == 0) * kStep + lane_index() * kGroup;
     RowView<V> at = row.from(first);
+    if (loads == Loads::shifted) at.round_down();
     out += first;
 #pragma unroll 1
     for (int i = 1; i <= steps; ++i) {
         float s[kChunk], t[kChunk];
-        load_chunk<V, true>(at, s, t);
+        load_chunk<V, loads>(at, s, t);
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) s[j] = g.fast(s[j], t[j]);
 #pragma unroll
@@ -125,18 +126,31 @@ FKD_GPU void fill_steps(const RowView<V>& row, const RowGradient<V>& g, typename
     }
 }
 
+// How many columns lie ahead of the first one at a multiple of 16 bytes.
+template <class Bits>
+FKD_GPU int columns_ahead(const Bits* at) {
+    const int past = bytes_past(at);
+    return past == 0 ? 0 : (16 - past) / static_cast<int>(sizeof(Bits));
+}
+
 template <class V>
-FKD_GPU void section_gradient(const RowView<V>& row, const RowGradient<V>& g, typename V::Student::Bits* out, int n,
-                               int label) {
-    // 16-byte stores start at the first column that lies so; loads have to agree.
-    const int past = static_cast<int>(reinterpret_cast<uintptr_t>(out) % 16);
-    const int ahead = past == 0 ? 0 : (16 - past) / static_cast<int>(sizeof(typename V::Student::Bits));
+FKD_GPU void section_gradient(const RowView<V>& row, const RowGradient<V>& g, typename V::Student::Bits* out,
+                               const Range& range) {
+    const int n = range.n, label = range.label;
+    // 16-byte stores start at the first column that lies so.
+    const int ahead = columns_ahead(out), whole = ahead < n ? (n - ahead) / kStep : 0;
     const RowView<V> body = row.from(ahead);
-    const int steps = body.aligned() && !g.careful && ahead < n ? (n - ahead) / kStep : 0;
+    const bool aligned = body.aligned();
+    const int steps = !g.careful && (aligned || range.shifts_until(ahead + whole * kStep)) ? whole : 0;
     const int last = ahead + steps * kStep;
     const bool here = label >= ahead && label < last;
     const int labelled = here ? (label - ahead) / kStep : steps;
-    if (steps > here) fill_steps(body, g, out + ahead, steps - here, labelled);
+    if (steps > here) {
+        if (aligned)
+            fill_steps<V, Loads::whole>(body, g, out + ahead, steps - here, labelled);
+        else
+            fill_steps<V, Loads::shifted>(body, g, out + ahead, steps - here, labelled);
+    }
     const int middle = ahead + labelled * kStep;
 #pragma unroll 1
     for (int i = 0; i < 3; ++i) {  // before them, the step with the label, after them; or everything

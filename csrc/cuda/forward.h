@@ -134,33 +134,38 @@ struct Lanes {
     }
 };
 
-template <class V, bool vector>
+// How a lane gets at its columns: in 16-byte pieces, which they fill or which they are shifted in, or one by one.
+enum class Loads { whole, shifted, single };
+
+template <class V, Loads loads>
 FKD_GPU void load_chunk(const RowView<V>& row, float* s, float* t) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
         const int first = g * kWarp * kGroup;
-        if (vector) {
-            row.student.load(first, s + g * kGroup);
-            if (V::soft) row.teacher.load(first, t + g * kGroup);
-        } else {
+        if (loads == Loads::single) {
 #pragma unroll
             for (int i = 0; i < kGroup; ++i) {
                 s[g * kGroup + i] = row.s(first + i);
                 if (V::soft) t[g * kGroup + i] = row.t(first + i);
             }
+        } else {
+            constexpr bool shifted = loads == Loads::shifted;
+            row.student.template load<shifted>(first, s + g * kGroup);
+            if (V::soft) row.teacher.template load<shifted>(first, t + g * kGroup);
         }
     }
 }
 
 // So many steps, leaving out one. Lanes take the same columns whatever the row's alignment: its bits do not depend on
 // it.
-template <class V, bool vector>
+template <class V, Loads loads>
 FKD_GPU void add_steps(Lanes<V>& lanes, const RowView<V>& row, int steps, int left_out) {
     RowView<V> at = row.from((left_out == 0) * kStep + lane_index() * kGroup);
+    if (loads == Loads::shifted) at.round_down();
 #pragma unroll 1
     for (int i = 1; i <= steps; ++i) {
         float s[kChunk], t[kChunk];
-        load_chunk<V, vector>(at, s, t);
+        load_chunk<V, loads>(at, s, t);
         at = at.from(i == left_out ? 2 * kStep : kStep);
         lanes.add(s, t);
     }
@@ -239,7 +244,8 @@ FKD_GPU Partial<double> in_double(const Partial<float>& a, const CarefulScales& 
 
 // The section's sums, but for the label's own column in z_1.
 template <class V>
-FKD_GPU Partial<double> section_sums(const Work& w, const RowView<V>& row, int n, int label) {
+FKD_GPU Partial<double> section_sums(const Work& w, const RowView<V>& row, const Range& range) {
+    const int n = range.n, label = range.label;
     const int steps = n / kStep, whole = steps * kStep;
     const bool here = label >= 0 && label < whole;
     const int labelled = here ? label / kStep : steps;
@@ -248,9 +254,11 @@ FKD_GPU Partial<double> section_sums(const Work& w, const RowView<V>& row, int n
     if (steps > here) {
         Lanes<V> lanes(w);
         if (row.aligned())
-            add_steps<V, true>(lanes, row, steps - here, labelled);
+            add_steps<V, Loads::whole>(lanes, row, steps - here, labelled);
+        else if (range.shifts_until(whole))
+            add_steps<V, Loads::shifted>(lanes, row, steps - here, labelled);
         else
-            add_steps<V, false>(lanes, row, steps - here, labelled);
+            add_steps<V, Loads::single>(lanes, row, steps - here, labelled);
         total = lanes.merged();
         lost = lanes.lost;
     }

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) rows_kernel(const Work w) {
         Piece* pieces = w.whole ? shared_pieces : w.pieces + row * w.sections;
         for (int section = first; read && section < w.sections; section += stride) {
             const Range at(w, section, target);
-            const Piece piece = packed(section_sums<V>(w, view.from(at.begin), at.n, at.label));
+            const Piece piece = packed(section_sums<V>(w, view.from(at.begin), at));
             if (lane_index() == 0) pieces[section] = piece;
         }
         if (w.whole) {
@@ -49,10 +49,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) rows_kernel(const Work w) {
         const int sections = w.sections;
         if (read && first < sections) {
             const RowGradient<V> gradient(w, row, target, stats);
+            const int ahead = columns_ahead(out);  // each section is to begin where 16-byte stores can
             // The sections read last are still in a cache.
             for (int section = first + (sections - 1 - first) / stride * stride; section >= 0; section -= stride) {
-                const Range at(w, section, target);
-                section_gradient<V>(view.from(at.begin), gradient, out + at.begin, at.n, at.label);
+                const Range at(w, section, target, ahead);
+                section_gradient<V>(view.from(at.begin), gradient, out + at.begin, at);
             }
         }
         // Rows without a term, and the student's columns that the teacher lacks.

@@ -75,26 +75,40 @@ FKD_GPU uint32_t narrow_pair(Float16, float low, float high) {
 #endif
 }
 
-// kGroup adjacent columns, from and to an address that is a multiple of 16.
-template <class Dtype>
-FKD_GPU void load_group(Dtype dtype, const typename Dtype::Bits* from, float* out) {
-    const uint4 x = *reinterpret_cast<const uint4*>(from);
-    widen_pair(dtype, x.x, out);
-    widen_pair(dtype, x.y, out + 2);
-    widen_pair(dtype, x.z, out + 4);
-    widen_pair(dtype, x.w, out + 6);
-}
-FKD_GPU void load_group(Float32, const float* from, float* out) {
-    for (int i = 0; i < kGroup; i += 4) {
-        const float4 x = *reinterpret_cast<const float4*>(from + i);
-        out[i] = x.x;
-        out[i + 1] = x.y;
-        out[i + 2] = x.z;
-        out[i + 3] = x.w;
+// kGroup adjacent columns that begin `past` bytes after `from`, a multiple of 16. Only `shifted` ones may begin other
+// than there; for them 16 bytes more are read, up to kGroup columns after the last.
+template <bool shifted, class Dtype>
+FKD_GPU void load_group(Dtype dtype, const typename Dtype::Bits* from, int past, float* out) {
+    constexpr int kSize = static_cast<int>(sizeof(*from)), kWords = kGroup * kSize / 4;
+    constexpr int kLoaded = shifted ? kWords + 4 : kWords;
+    uint32_t w[kLoaded];
+#pragma unroll
+    for (int i = 0; i < kLoaded; i += 4) {
+        const uint4 x = *reinterpret_cast<const uint4*>(from + i * 4 / kSize);
+        w[i] = x.x;
+        w[i + 1] = x.y;
+        w[i + 2] = x.z;
+        w[i + 3] = x.w;
+    }
+    // A register is not found by a number: all words move down by eight bytes, by four, by two, or stay.
+    if constexpr (shifted) {
+#pragma unroll
+        for (int i = 0; i < kWords + 2; ++i) w[i] = past & 8 ? w[i + 2] : w[i];
+#pragma unroll
+        for (int i = 0; i < kWords + 1; ++i) w[i] = past & 4 ? w[i + 1] : w[i];
+#pragma unroll
+        for (int i = 0; i < kWords && kSize == 2; ++i) w[i] = __funnelshift_r(w[i], w[i + 1], past & 2 ? 16 : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+        if constexpr (kSize == 2)
+            widen_pair(dtype, w[i], out + 2 * i);
+        else
+            out[i] = of_bits(w[i]);
     }
 }
 
-// The gradient is written past the caches: nobody reads it soon.
+// The same columns, to an address that is a multiple of 16, past the caches: nobody reads the gradient soon.
 template <class Dtype>
 FKD_GPU void store_group(Dtype dtype, const float* x, typename Dtype::Bits* to) {
     __stcs(reinterpret_cast<uint4*>(to), make_uint4(narrow_pair(dtype, x[0], x[1]), narrow_pair(dtype, x[2], x[3]),
@@ -105,7 +119,8 @@ FKD_GPU void store_group(Float32, const float* x, float* to) {
         __stcs(reinterpret_cast<float4*>(to + i), make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
 }
 
-FKD_GPU bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+// How many bytes an address lies after a multiple of 16.
+FKD_GPU int bytes_past(const void* address) { return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16); }
 
 // Over the lanes of a warp, all of which get the same bits: a sum's order is that of a butterfly.
 template <class Real>

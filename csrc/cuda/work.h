@@ -83,20 +83,30 @@ struct AnyDtype {};
 template <class Dtype>
 struct Logits {
     const typename Dtype::Bits* at = nullptr;
+    int past = 0;  // bytes from `at` to the first column, for `load`
 
     FKD_GPU_MEMBER Logits() {}
     FKD_GPU_MEMBER Logits(const FkdRows& rows, int64_t row)
         : at(static_cast<const typename Dtype::Bits*>(rows.data) + row_offset(rows, row)) {}
     FKD_GPU_MEMBER void advance(int64_t columns) { at += columns; }
-    FKD_GPU_MEMBER bool aligned() const { return fused_kd::aligned(at); }
+    FKD_GPU_MEMBER bool aligned() const { return bytes_past(at) == 0; }
+    // To the multiple of 16 bytes there or before it: ahead of the row perhaps, but not of its memory, which begins at
+    // one.
+    FKD_GPU_MEMBER void round_down() {
+        past = bytes_past(at);
+        at -= past / static_cast<int>(sizeof(*at));
+    }
     FKD_GPU_MEMBER float operator[](int column) const { return Dtype::widened(at[column]); }
-    FKD_GPU_MEMBER void load(int column, float* out) const { load_group(Dtype(), at + column, out); }
+    template <bool shifted>
+    FKD_GPU_MEMBER void load(int column, float* out) const {
+        load_group<shifted>(Dtype(), at + column, past, out);
+    }
 };
 
 template <>
 struct Logits<AnyDtype> {
     const char* at = nullptr;
-    int dtype = FKD_FLOAT32, size = 4;
+    int past = 0, dtype = FKD_FLOAT32, size = 4;
 
     FKD_GPU_MEMBER Logits() {}
     FKD_GPU_MEMBER Logits(const FkdRows& rows, int64_t row)
@@ -104,17 +114,23 @@ struct Logits<AnyDtype> {
         at = static_cast<const char*>(rows.data) + row_offset(rows, row) * size;
     }
     FKD_GPU_MEMBER void advance(int64_t columns) { at += columns * size; }
-    FKD_GPU_MEMBER bool aligned() const { return fused_kd::aligned(at); }
+    FKD_GPU_MEMBER bool aligned() const { return bytes_past(at) == 0; }
+    FKD_GPU_MEMBER void round_down() {
+        past = bytes_past(at);
+        at -= past;
+    }
     FKD_GPU_MEMBER float operator[](int column) const {
         if (dtype == FKD_FLOAT32) return reinterpret_cast<const float*>(at)[column];
         const uint16_t bits = reinterpret_cast<const uint16_t*>(at)[column];
         return dtype == FKD_BFLOAT16 ? Bfloat16::widened(bits) : widened_half(bits);
     }
+    template <bool shifted>
     FKD_GPU_MEMBER void load(int column, float* out) const {
-        if (dtype == FKD_FLOAT32) return load_group(Float32(), reinterpret_cast<const float*>(at) + column, out);
+        if (dtype == FKD_FLOAT32)
+            return load_group<shifted>(Float32(), reinterpret_cast<const float*>(at) + column, past, out);
         const uint16_t* from = reinterpret_cast<const uint16_t*>(at) + column;
-        if (dtype == FKD_BFLOAT16) return load_group(Bfloat16(), from, out);
-        load_group(Float16(), from, out);
+        if (dtype == FKD_BFLOAT16) return load_group<shifted>(Bfloat16(), from, past, out);
+        load_group<shifted>(Float16(), from, past, out);
     }
 };
 
@@ -134,21 +150,30 @@ struct RowView {
         return section;
     }
     FKD_GPU_MEMBER bool aligned() const { return student.aligned() && (!V::soft || teacher.aligned()); }
+    FKD_GPU_MEMBER void round_down() {
+        student.round_down();
+        if (V::soft) teacher.round_down();
+    }
     FKD_GPU_MEMBER float s(int column) const { return student[column]; }
     FKD_GPU_MEMBER float t(int column) const { return V::soft ? teacher[column] : 0.0f; }
 };
 
-// Where a section lies in its row, and where the label lies in the section, or -1.
+// Where a section lies in its row, and where the label lies in the section, or -1. What is `ahead` of the sections is
+// the first one's.
 struct Range {
-    int64_t begin;
+    int64_t begin, left;  // left: from there to the row's end
     int n, label;
 
-    FKD_GPU_MEMBER Range(const Work& w, int section, int64_t target) : begin(static_cast<int64_t>(section) * kSection) {
-        n = static_cast<int>(w.columns - begin < kSection ? w.columns - begin : kSection);
+    FKD_GPU_MEMBER Range(const Work& w, int section, int64_t target, int ahead = 0)
+        : begin(section == 0 ? 0 : ahead + static_cast<int64_t>(section) * kSection), left(w.columns - begin) {
+        const int most = section == 0 ? ahead + kSection : kSection;
+        n = static_cast<int>(left < 0 ? 0 : left < most ? left : most);
         // Without a sign: a target may be the least number there is.
         const uint64_t at = static_cast<uint64_t>(target) - static_cast<uint64_t>(begin);
         label = w.use_hard && target >= 0 && at < static_cast<uint64_t>(n) ? static_cast<int>(at) : -1;
     }
+    // Whether shifted loads of the columns before this one read nothing behind the row.
+    FKD_GPU_MEMBER bool shifts_until(int column) const { return left - column >= kGroup; }
 };
 
 // A row that is not read is skipped, or its label is out of range: then it is NaN.
