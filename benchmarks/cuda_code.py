@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from static_bounds import _BIN, Code, _loops
+from static_bounds import _BIN, ITEMSIZE, Code, _loops
 
 from fused_kd import native
 
@@ -67,9 +67,19 @@ def _kernels(arch: str) -> dict[str, tuple[Code, str]]:
     return result
 
 
+def loads_for(variant: str, dtype: str, columns: int) -> str:
+    """Which of a verb's hot loops takes contiguous rows of a vocabulary."""
+    # The backward begins at the first column that is aligned: in gradient, student and teacher it is the same one.
+    aligned = variant.startswith("backward") or columns * ITEMSIZE[dtype] % 16 == 0
+    return "whole" if aligned else "shifted"
+
+
 @functools.cache
-def code(variant: str, arch: str, dtype: str = "bf16") -> Code:
-    """One verb's hot loop in one kernel, on one architecture ("sm_90")."""
+def code(variant: str, arch: str, dtype: str = "bf16", loads: str = "whole") -> Code:
+    """One of a verb's hot loops in one kernel, on one architecture ("sm_90").
+
+    `loads`, as in csrc/cuda/forward.h: "whole" is for aligned rows, "shifted" for others.
+    """
     verb, name = variant.split(", ", 1)
     student = DTYPES[dtype]
     teacher, soft, hard, general = _TEMPLATES[name]
@@ -78,9 +88,14 @@ def code(variant: str, arch: str, dtype: str = "bf16") -> Code:
     pattern = rf"VariantINS_{len(student)}{student}E{other}Lb{soft}ELNS_4HardE{hard}ELb{general}E"
     (match,) = [found for key, found in _kernels(arch).items() if re.search(pattern, key)]
     resources, body = match
-    loops = [loop for loop in _sass_loops(body) if any(op.startswith("LDG") and ".128" in op for op in loop)]
-    (hot,) = [loop for loop in loops if any(op.startswith("STG") for op in loop) == (verb == "backward")]
-    return Code(resources.registers, resources.spilled, [hot], PAIRS)
+    loops = [loop for loop in _sass_loops(body) if _count(loop, "LDG", ".128")]
+    both = [loop for loop in loops if (_count(loop, "STG") > 0) == (verb == "backward")]
+    whole, shifted = sorted(both, key=lambda loop: _count(loop, "LDG"))  # shifted loads are more
+    return Code(resources.registers, resources.spilled, [whole if loads == "whole" else shifted], PAIRS)
+
+
+def _count(loop: Counter[str], opcode: str, width: str = "") -> int:
+    return sum(n for name, n in loop.items() if name.startswith(opcode) and width in name)
 
 
 def _sass_loops(body: str) -> Iterator[Counter[str]]:

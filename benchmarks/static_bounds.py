@@ -217,7 +217,7 @@ def bytes_per_pair(variant: str, dtype: str) -> int:
     return ITEMSIZE[dtype] * (read + (not variant.startswith("forward")))
 
 
-def cuda_rows() -> Iterator[tuple[Any, ...]]:
+def cuda_rows(columns: int) -> Iterator[tuple[Any, ...]]:
     """The same table's rows of the CUDA C++ kernels, if the package was built with them."""
     cuda_code = importlib.import_module("cuda_code")
     if isinstance(reason := cuda_code.library(), str):
@@ -228,7 +228,7 @@ def cuda_rows() -> Iterator[tuple[Any, ...]]:
             continue
         for variant in cuda_code.VARIANTS:
             for dtype in ("bf16", "fp32"):
-                code = cuda_code.code(variant, arch, dtype)
+                code = cuda_code.code(variant, arch, dtype, cuda_code.loads_for(variant, dtype, columns))
                 size = bytes_per_pair(variant, dtype)
                 yield (
                     gpu.name, f"CUDA C++ {variant}", dtype, size, code.registers, code.spilled,
@@ -255,7 +255,7 @@ def main() -> None:
                     code.in_loop("BAR", "s_barrier"), f"{100 * bound(code, gpu, size):.0f} %",
                 )  # fmt: skip
                 print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    for cells in cuda_rows():
+    for cells in cuda_rows(columns):
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
