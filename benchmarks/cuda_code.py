@@ -62,8 +62,7 @@ def _kernels(arch: str) -> dict[str, tuple[Code, str]]:
         found = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
         assert found is not None, name
         registers, stack, local = map(int, found.groups())
-        spilled = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", body))
-        result[name] = (Code(registers, spilled, pairs=PAIRS), body)
+        result[name] = (Code(registers, stack + local, pairs=PAIRS), body)
     return result
 
 
@@ -91,7 +90,7 @@ def code(variant: str, arch: str, dtype: str = "bf16", loads: str = "whole") -> 
     loops = [loop for loop in _sass_loops(body) if _count(loop, "LDG", ".128")]
     both = [loop for loop in loops if (_count(loop, "STG") > 0) == (verb == "backward")]
     whole, shifted = sorted(both, key=lambda loop: _count(loop, "LDG"))  # shifted loads are more
-    return Code(resources.registers, resources.spilled, [whole if loads == "whole" else shifted], PAIRS)
+    return Code(resources.registers, resources.stack, [whole if loads == "whole" else shifted], PAIRS)
 
 
 def _count(loop: Counter[str], opcode: str, width: str = "") -> int:

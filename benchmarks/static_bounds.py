@@ -2,7 +2,7 @@
 
     python benchmarks/static_bounds.py
 
-For each kernel, dtype and target: registers, spills, and what the hot loop costs a pair of logits. A kernel cannot
+For each kernel, dtype and target: registers, stack, and what the hot loop costs a pair of logits. A kernel cannot
 reach a larger share of the memory bandwidth than issuing its instructions and exponentials leaves: the column "bound".
 It is a static upper bound, not a measurement: latencies, occupancy and the cache are not in it.
 """
@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_kd.backends import triton_kernels
-from fused_kd.backends.triton import launch_for, shape_of
+from fused_kd.backends.triton import ROUNDING, launch_for, shape_of
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 EXPONENTIALS = ("MUFU.EX2", "v_exp_f32")
@@ -92,7 +92,7 @@ class Code:
     """A compiled kernel."""
 
     registers: int
-    spilled: int  # registers spilled, bytes of stack, and instructions on it: 0, or too many
+    stack: int  # bytes a lane: what was spilled, if anything, in the hot loop or around it
     loops: list[Counter[str]] = field(default_factory=list)  # opcodes of each loop that loads logits; the hot one first
     pairs: int = 0  # that a lane does in one turn of the hot loop
 
@@ -102,9 +102,19 @@ class Code:
     def per_pair(self, *prefixes: str) -> float:
         return self.in_loop(*prefixes) / self.pairs
 
-    def narrow(self, prefix: str) -> int:
-        """How many of these move less than 16 bytes."""
-        return sum(n for opcode, n in self.loops[0].items() if opcode.startswith(prefix) and ".128" not in opcode)
+    @property
+    def spilled(self) -> int:
+        """How many of the hot loop's instructions are on the stack."""
+        return self.in_loop("LDL", "STL", "scratch_")
+
+    def narrow(self, prefix: str, least: int = 128) -> int:
+        """How many of these move fewer bits."""
+
+        def bits(opcode: str) -> int:
+            found = re.search(r"\.(64|128)\b", opcode)
+            return int(found[1]) if found else 32
+
+        return sum(n for opcode, n in self.loops[0].items() if opcode.startswith(prefix) and bits(opcode) < least)
 
 
 def compiled(
@@ -115,14 +125,15 @@ def compiled(
     columns: int = 151936,
     **overrides: Any,
 ) -> Code:
-    """One variant for one target; `overrides` replace what the launch table says."""
+    """One variant for one target and contiguous logits of so many columns; `overrides` replace what the launch says."""
     teacher = teacher or student
     name, switches = VARIANTS[variant]
     kernel = getattr(triton_kernels, name)
     launch = launch_for(columns, max(ITEMSIZE[student], ITEMSIZE[teacher]), target.warp_size)
     exact = student == "fp32" and "all options" not in variant  # which include a temperature of the teacher's own
-    shape = {**shape_of(launch), "WHOLE": columns <= launch.section, "EXACT": exact, "SHIFTED": False, "ALIKE": True, **overrides}
-    options = {key: shape.pop(key) for key in ("num_warps", "num_stages")}
+    rows = {"SHIFTED": columns % launch.vector > 0, "ALIKE": True, "WHOLE": columns <= launch.section}
+    shape = {**shape_of(launch), **rows, "EXACT": exact, **overrides}
+    options = {key: shape.pop(key) for key in ("num_warps", "num_stages", *ROUNDING)}
     # Triton compiles an argument that is 1 as a constant.
     ones = dict.fromkeys(("targets_stride", "soft_stride", "hard_stride", *(["sections"] if shape["WHOLE"] else ())), 1)
     constants = {key: value for key, value in {**switches, **shape, **ones}.items() if key in kernel.arg_names}
@@ -138,11 +149,12 @@ def compiled(
     types |= dict.fromkeys(("vocabulary", "width", "sections"), "i32")
     types |= dict.fromkeys(("k", "k_t", "unit", "smoothing"), "fp32")
     signature = {key: "constexpr" if key in constants else types[key] for key in kernel.arg_names}
-    # As for contiguous logits: pointers, rows and the vocabulary are multiples of 16.
+    # As Triton finds them: pointers are multiples of 16, and rows and the vocabulary if there are so many columns.
+    of_columns = ("student_layout", "teacher_layout", "out_layout", "vocabulary", "width")
     attributes = {
         (i, 0) if key.endswith("layout") else (i,): [["tt.divisibility", 16]]
         for i, key in enumerate(kernel.arg_names)
-        if signature[key] not in ("fp32", "constexpr") and key != "sections"
+        if signature[key][0] == "*" or (key in of_columns and columns % 16 == 0)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=target, options=options)
@@ -161,9 +173,9 @@ def _read_amd(text: str) -> Code:
         return int(found[1])
 
     # Scalar registers spill into lanes of vector registers, not into memory.
-    spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
+    stack = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
     loops = _loops(text, r"^\s+([a-z]\w+)", r"^(\.LBB\w+):", r"branch\w*\s+(\.LBB\w+)")
-    return Code(number("vgpr_count"), spilled, list(loops))
+    return Code(number("vgpr_count"), stack, list(loops))
 
 
 def _read_cubin(cubin: bytes) -> Code:
@@ -177,11 +189,10 @@ def _read_cubin(cubin: bytes) -> Code:
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
-    spilled = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", text))
     loops = _loops(
         text, r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", r"^(\.L_x_\d+):", r"BRA.*?(\.L_x_\d+)"
     )
-    return Code(registers, spilled, list(loops))
+    return Code(registers, stack + local, list(loops))
 
 
 def _loops(text: str, instruction: str, label: str, branch: str) -> Iterator[Counter[str]]:
@@ -231,7 +242,7 @@ def cuda_rows(columns: int) -> Iterator[tuple[Any, ...]]:
                 code = cuda_code.code(variant, arch, dtype, cuda_code.loads_for(variant, dtype, columns))
                 size = bytes_per_pair(variant, dtype)
                 yield (
-                    gpu.name, f"CUDA C++ {variant}", dtype, size, code.registers, code.spilled,
+                    gpu.name, f"CUDA C++ {variant}", dtype, size, code.registers, code.stack,
                     f"{code.per_pair():.1f}", f"{code.per_pair(*EXPONENTIALS):.2f}", code.in_loop("SHFL"),
                     code.in_loop("BAR"), f"{100 * bound(code, gpu, size):.0f} %",
                 )  # fmt: skip
@@ -241,8 +252,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", type=int, default=151936, help="the vocabulary")
     columns = parser.parse_args().columns
-    print(f"Triton {triton.__version__}, V = {columns}. A pair is one student's and one teacher's logit.\n")
-    print("| GPU | kernel | dtype | bytes | registers | spills | instructions | ex2 | shuffles | barriers | bound |")
+    print(f"Triton {triton.__version__}, contiguous logits, V = {columns}.")
+    print("A pair is one student's and one teacher's logit.\n")
+    print("| GPU | kernel | dtype | bytes | registers | stack | instructions | ex2 | shuffles | barriers | bound |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for gpu in GPUS:
         for variant in VARIANTS:
@@ -250,7 +262,7 @@ def main() -> None:
                 code = compiled(variant, gpu.target, dtype, columns=columns)
                 size = bytes_per_pair(variant, dtype)
                 cells = (
-                    gpu.name, variant, dtype, size, code.registers, code.spilled, f"{code.per_pair():.1f}",
+                    gpu.name, variant, dtype, size, code.registers, code.stack, f"{code.per_pair():.1f}",
                     f"{code.per_pair(*EXPONENTIALS):.2f}", code.in_loop("SHFL", "ds_bpermute"),
                     code.in_loop("BAR", "s_barrier"), f"{100 * bound(code, gpu, size):.0f} %",
                 )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Makes Triton's interpreter compute as a GPU does where it would not.
+"""Makes Triton's interpreter compute as a GPU does where it would not, and fail where a GPU would.
 
-Two of its operations round otherwise: a fused multiply-add rounds twice, and float32 to bfloat16 cuts off. Both names
-are Triton's own affair; a version that moves them fails here and not in a tolerance.
+Two of its operations round otherwise: a fused multiply-add rounds twice, and float32 to bfloat16 cuts off. And it
+believes `tl.multiple_of`, where a GPU refuses the address. All these names are Triton's own affair; a version that moves
+them fails here and not in a tolerance.
 """
 
 from __future__ import annotations
@@ -28,5 +29,11 @@ def make_honest() -> None:
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return interpreter.TensorHandle(np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
 
+    def set_attr(self: Any, key: str, values: Any) -> None:
+        if key == "tt.divisibility":
+            assert not (self.data % max(values)).any(), f"not all are multiples of {max(values)}"
+
     assert callable(builder.create_fma)
+    assert callable(interpreter.TensorHandle.set_attr)
     builder.create_fma, builder.cast_impl = create_fma, cast_impl
+    interpreter.TensorHandle.set_attr = set_attr

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fused_kd import KDLossOutput, fused_kd_loss
 from fused_kd.backends import PREFERENCE, refusal
-from fused_kd.reference import kd_loss
+from fused_kd.backends.rows import SKIP, RowOptions
+from fused_kd.reference import hard_term, kd_loss, soft_term
 
 # The bounds of docs/design.md for a loss; those for a gradient are in gradient_bound.
 LOSS_RELATIVE = 1e-5
@@ -39,6 +40,13 @@ def make_logits(kind: str, *shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     with torch.device("cpu"):
         student, teacher = _make_logits(kind, *shape, seed=seed)
     return student.to(device), teacher.to(device)
+
+
+def make_normal(*shape: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two samples of a standard normal distribution, float32, likewise."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(shape, generator=generator, device="cpu") for _ in range(2))
+    return first.to(torch.get_default_device()), second.to(torch.get_default_device())
 
 
 def _make_logits(kind: str, *shape: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -155,3 +163,49 @@ def check(
     assert gradient.dtype == student.dtype
     assert_loss(loss, expected, relative)
     assert_gradient(gradient, exact)
+
+
+def placed(x: Tensor, offset: int, gap: int) -> Tensor:
+    """The same rows, the first one so many columns after a multiple of 16 bytes, with NaNs around and between them."""
+    stride = x.shape[1] + gap
+    memory = torch.full((offset + len(x) * stride - gap,), torch.nan, dtype=x.dtype)
+    return memory.as_strided(x.shape, (stride, 1), offset).copy_(x)
+
+
+# Where the first row of student, teacher and gradient lies, and how far rows are apart: all alike, each row elsewhere;
+# all alike, each row in the same way; one of them otherwise than the others; all different.
+PLACES = [((0, 0, 0), 1), ((5, 5, 5), None), ((0, 1, 0), None), ((3, 3, 0), 0), ((1, 6, 3), 2)]
+
+
+def check_where_rows_lie(backend: str, dtype: torch.dtype, teacher_dtype: torch.dtype | None, columns: int) -> None:
+    """The verbs agree with the reference, write the gradient's columns alone, and have the same bits wherever logits
+    and gradient lie. Without a teacher's dtype there is no soft term."""
+    verbs = PREFERENCE[backend]
+    options = RowOptions(2.0, 2.0, "forward_kl", 0.0, teacher_dtype is not None, True, backend)
+    student, teacher = make_logits("wide", 5, columns)
+    student, teacher = student.to(dtype), teacher.to(teacher_dtype or dtype)
+    labels, ones = torch.tensor([0, SKIP, min(5, columns - 1), columns // 2, columns - 1]), torch.ones(5)
+    even = -columns % 8  # rows that are this far apart all lie at multiples of 16 bytes
+
+    def run(offsets: tuple[int, int, int], gap: int) -> list[Tensor]:
+        s, t, out = (placed(x, at, gap) for x, at in zip((student, teacher, student), offsets, strict=True))
+        forward = verbs.rows_forward(s, t, labels, options)
+        verbs.rows_backward(s, t, labels, forward[2], ones, ones, options, out)
+        memory = out.as_strided((out.untyped_storage().size() // out.itemsize,), (1,), 0)
+        assert memory.isnan().sum() == offsets[2] + 4 * gap
+        fused = verbs.rows_fused(s, t, labels, ones, ones, options, s)  # the gradient takes the student's place
+        return [x.clone() for x in (*forward, out, *fused, s)]
+
+    expected = run((0, 0, 0), even)
+    exact, counted = student.double().requires_grad_(), labels != SKIP
+    soft, hard = torch.zeros(2, 5, dtype=torch.float64)
+    if options.soft:
+        taus = {"temperature": 2.0, "teacher_temperature": 2.0, "divergence": "forward_kl"}
+        soft = soft.index_put((counted,), soft_term(exact[counted], teacher[counted].double(), **taus))
+    hard = hard.index_put((counted,), hard_term(exact[counted], labels[counted], label_smoothing=0.0))
+    assert_loss(expected[0], soft.detach())
+    assert_loss(expected[1], hard.detach())
+    assert_gradient(expected[3], torch.autograd.grad(soft.sum() + hard.sum(), exact)[0])
+    for offsets, gap in PLACES:
+        for x, y in zip(run(offsets, even if gap is None else gap), expected, strict=True):
+            assert torch.equal(x, y), (offsets, gap)

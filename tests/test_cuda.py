@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from support import BACKENDS, DTYPES, assert_gradient, assert_loss, check, make_labels, make_logits
-from torch import Tensor
+from support import BACKENDS, check, make_labels, make_logits
 
 from fused_kd import fused_kd_loss, native
 from fused_kd.backends import PREFERENCE, cuda
@@ -90,59 +88,6 @@ def test_a_label_out_of_range_makes_its_row_nan(label: int, monkeypatch: pytest.
             cuda.rows_fused(student, teacher, targets, ones, ones, OPTIONS, fused_out)[0][::2], soft[::2]
         )
         assert torch.equal(fused_out[::2], out[::2])
-
-
-def placed(x: Tensor, offset: int, gap: int) -> Tensor:
-    """The same rows, the first one so many columns after a multiple of 16 bytes, with NaNs around and between them."""
-    stride = x.shape[1] + gap
-    memory = torch.full((offset + len(x) * stride - gap,), torch.nan, dtype=x.dtype)
-    return memory.as_strided(x.shape, (stride, 1), offset).copy_(x)
-
-
-# Columns: no step; one, and so few columns after it that shifted loads would leave the row, or just enough; three
-# sections, the last of them empty where the gradient's begin 7 columns late.
-@pytest.mark.parametrize("columns", [7, 513, 519, 520, 8197])
-@pytest.mark.parametrize("teacher_dtype", [*DTYPES, None], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_where_a_row_lies_does_not_change_its_bits(
-    dtype: torch.dtype, teacher_dtype: torch.dtype | None, columns: int
-) -> None:
-    options = OPTIONS
-    student, teacher = make_logits("wide", 5, columns)
-    student, teacher = student.to(dtype), teacher.to(teacher_dtype or dtype)
-    if teacher_dtype is None:  # no soft term, so no teacher
-        options = OPTIONS._replace(soft=False)
-    labels, ones = torch.tensor([0, SKIP, 5, columns // 2, columns - 1]), torch.ones(5)
-
-    def run(offsets: tuple[int, int, int], gap: int) -> list[Tensor]:
-        s, t, out = (placed(x, at, gap) for x, at in zip((student, teacher, student), offsets, strict=True))
-        forward = cuda.rows_forward(s, t, labels, options)
-        cuda.rows_backward(s, t, labels, forward[2], ones, ones, options, out)
-        memory = out.as_strided((out.untyped_storage().size() // out.itemsize,), (1,), 0)
-        assert memory.isnan().sum() == offsets[2] + 4 * gap
-        fused = cuda.rows_fused(s, t, labels, ones, ones, options, s)  # the gradient takes the student's place
-        return [x.clone() for x in (*forward, out, *fused, s)]
-
-    expected = run((0, 0, 0), -columns % 8)
-    exact = student.double().requires_grad_()
-    soft = F.kl_div(*(F.log_softmax(x / 2, -1) for x in (exact, teacher.double())), reduction="none", log_target=True)
-    terms = soft.sum(-1) * options.soft, F.cross_entropy(exact, labels.clamp(min=0), reduction="none")
-    terms = [x * (labels != SKIP) for x in terms]
-    (gradient,) = torch.autograd.grad(sum(x.sum() for x in terms), exact)
-    for x, y in zip(expected, terms, strict=False):
-        assert_loss(x, y.detach())
-    assert_gradient(expected[3], gradient)
-
-    # All alike, each row elsewhere; one of them otherwise than the others; all different.
-    for offsets, gap in (
-        ((0, 0, 0), 1),
-        ((5, 5, 5), -columns % 8),
-        ((0, 1, 0), -columns % 8),
-        ((3, 3, 0), 0),
-        ((1, 6, 3), 2),
-    ):
-        for x, y in zip(run(offsets, gap), expected, strict=True):
-            assert torch.equal(x, y), (offsets, gap)
 
 
 def test_a_vocabulary_of_more_sections_than_a_block_keeps() -> None:

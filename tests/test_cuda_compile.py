@@ -45,10 +45,10 @@ def architectures() -> list[str]:
 @pytest.mark.parametrize("loads", ["whole", "shifted"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_spills_and_whole_accesses(variant: str, dtype: str, loads: str, architectures: list[str]) -> None:
+def test_no_stack_and_whole_accesses(variant: str, dtype: str, loads: str, architectures: list[str]) -> None:
     for arch in architectures:
         hot = code(variant, arch, dtype, loads)
-        assert hot.spilled == 0, arch
+        assert hot.stack == 0, arch
         assert hot.in_loop("SHFL", "BAR", "LDS", "STS") == 0, arch  # lanes keep to themselves
         assert hot.narrow("LDG") == hot.narrow("STG") == 0, arch
         stores = 2 if dtype != "fp32" else 4

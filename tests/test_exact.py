@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import BACKENDS, DTYPES, make_labels, make_logits
+from support import BACKENDS, DTYPES, check_where_rows_lie, make_labels, make_logits
 
 from fused_kd import fused_kd_loss
 from fused_kd.backends import PREFERENCE
@@ -61,6 +61,17 @@ def test_bits_do_not_depend_on_the_address(dtype: torch.dtype, backend: str) -> 
             torch.empty(COLUMNS + 32, dtype=dtype)[offset:][:COLUMNS].unsqueeze(0).copy_(x) for x in (student, teacher)
         ]
         assert same(run(moved[0], moved[1], labels, 2.0, backend), expected)
+
+
+# For the CUDA kernels: no step; one, and so few columns after it that shifted loads would leave the row, or just
+# enough; three sections, the last of them empty where the gradient's begin 7 columns late.
+@pytest.mark.parametrize("columns", [7, 513, 519, 520, 8197])
+@pytest.mark.parametrize("teacher_dtype", [*DTYPES, None], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_where_rows_lie(
+    dtype: torch.dtype, teacher_dtype: torch.dtype | None, columns: int, backend: str
+) -> None:
+    check_where_rows_lie(backend, dtype, teacher_dtype, columns)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the way past the caches is the native CPU kernel's")

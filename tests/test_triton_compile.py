@@ -13,9 +13,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing can be compiled in the interpreter's process", allow_module_level=True)
 
-from static_bounds import AMD, EXPONENTIALS, GPUS, SWITCHES, VARIANTS, bound, bytes_per_pair, compiled, cuda
+import triton
+from static_bounds import AMD, EXPONENTIALS, GPUS, SWITCHES, VARIANTS, Code, bound, bytes_per_pair, compiled, cuda
 
 NVIDIA = (80, 90, 100, 120)
+
+# Bytes: ptxas leaves a few registers on the stack to have one more warp on a multiprocessor, around the hot loops, once
+# a row. Which variants it does so for depends on its version.
+STACK = 24
 
 # Instructions and exponentials a pair, bf16, sm_90: what is reached, rounded up. A change that costs more is seen.
 LIMITS = {
@@ -35,27 +40,48 @@ LIMITS = {
 for _name in SWITCHES:  # the fused verb does what both do
     _both = zip(LIMITS[f"forward, {_name}"], LIMITS[f"backward, {_name}"], strict=True)
     LIMITS[f"fused, {_name}"] = tuple(map(sum, _both))
+# The ptxas of Triton 3.6 computes three more addresses in the loop, two instructions each.
+SLACK = 0.4 if triton.__version__ < "3.7" else 0
+
+
+def check_loop(code: Code) -> None:
+    assert code.spilled == 0
+    assert code.stack <= STACK
+    assert code.in_loop("SHFL", "BAR", "LDS", "STS") == 0  # lanes keep to themselves
 
 
 @pytest.mark.parametrize("capability", NVIDIA)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nvidia(variant: str, capability: int) -> None:
     code = compiled(variant, cuda(capability))
-    assert code.spilled == 0
-    assert code.in_loop("SHFL", "BAR", "LDS", "STS") == 0  # lanes keep to themselves
-    for prefix in ("LDG", "STG"):
-        assert code.narrow(prefix) == 0
+    check_loop(code)
+    assert code.narrow("LDG") == code.narrow("STG") == 0
     assert code.in_loop("STG") == (0 if variant.startswith("forward") else code.pairs // 8)
     instructions, exponentials = LIMITS[variant]
     assert code.per_pair(*EXPONENTIALS) <= exponentials
     if capability == 90:
-        assert code.per_pair() <= instructions
+        assert code.per_pair() <= instructions + SLACK
+
+
+@pytest.mark.parametrize("capability", NVIDIA)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_at_any_offset_cost_little_more(variant: str, capability: int) -> None:
+    """Rows of 50257 columns: the forward shifts what it loads, and the backward begins where they are aligned."""
+    code, aligned = compiled(variant, cuda(capability), columns=50257), compiled(variant, cuda(capability))
+    check_loop(code)
+    assert code.narrow("STG") == 0
+    assert code.narrow("LDG", least=64) == 0
+    # Shifting a logit costs one and a half instructions: much for the forward of the hard term, which has six in all.
+    if variant == "forward, hard term":
+        assert code.per_pair() <= aligned.per_pair() + 1.75
+    else:
+        assert code.per_pair() <= 1.15 * aligned.per_pair()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_amd(variant: str) -> None:
     code = compiled(variant, AMD)
-    assert code.spilled == 0
+    assert code.stack == 0
     assert code.in_loop("ds_", "s_barrier") == 0
     assert code.in_loop("global_load_dwordx4", "buffer_load_dwordx4") == code.in_loop("global_load", "buffer_load")
     assert code.per_pair("v_exp_f32") <= LIMITS[variant][1]
@@ -67,8 +93,7 @@ def test_amd(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["forward, any tau", "forward, all options", "backward, any tau"])
 def test_dtypes(variant: str, student: str, teacher: str) -> None:
     code = compiled(variant, cuda(90), student, teacher)
-    assert code.spilled == 0
-    assert code.in_loop("SHFL", "BAR", "LDS", "STS") == 0
+    check_loop(code)
     if student == teacher:
         assert code.narrow("LDG") == code.narrow("STG") == 0
 
@@ -76,7 +101,7 @@ def test_dtypes(variant: str, student: str, teacher: str) -> None:
 @pytest.mark.parametrize("columns", [100, 1000, 16000, 32000])
 @pytest.mark.parametrize("variant", ["forward, any tau", "backward, any tau"])
 def test_every_entry_of_the_launch_table(variant: str, columns: int) -> None:
-    assert compiled(variant, cuda(90), columns=columns).spilled == 0
+    check_loop(compiled(variant, cuda(90), columns=columns))
 
 
 @pytest.mark.parametrize("variant", ["forward, any tau", "forward, tau = 2", "backward, any tau", "backward, tau = 2"])

@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, INF, assert_gradient, assert_loss, both, check, make_labels, make_logits
+from support import (
+    DTYPES,
+    INF,
+    assert_gradient,
+    assert_loss,
+    both,
+    check,
+    check_where_rows_lie,
+    make_labels,
+    make_logits,
+)
 
 from fused_kd import fused_kd_loss
 from fused_kd.backends import PREFERENCE
@@ -224,3 +234,14 @@ def test_a_rows_bits_are_its_own(dtype: torch.dtype) -> None:
         arguments = (student[alone], teacher[alone], targets[alone], one[2], ones[alone], ones[alone])
         backend.rows_backward(*arguments, _rows(), part)
         assert torch.equal(part, out[alone])
+
+
+# Less than a vector; a row of one tile; whole tiles and a tail, with the label at their edges; two sections.
+@interpreted
+@pytest.mark.parametrize("columns", [5, 97, V + 1, 16384 + 3])
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16, None], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_where_rows_lie(
+    dtype: torch.dtype, teacher_dtype: torch.dtype | None, columns: int
+) -> None:
+    check_where_rows_lie("triton", dtype, teacher_dtype, columns)

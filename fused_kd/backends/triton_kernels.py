@@ -8,16 +8,6 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends import rows
-from fused_kd.backends.triton_memory import (
-    columns_between,
-    fill,
-    floored,
-    loaded,
-    reader,
-    row_start,
-    tile_columns,
-    tile_of,
-)
 from fused_kd.backends.triton_math import (
     PARTS,
     centre,
@@ -29,6 +19,18 @@ from fused_kd.backends.triton_math import (
     joined,
     merged,
     nothing,
+)
+from fused_kd.backends.triton_memory import (
+    UNKNOWN,
+    columns_between,
+    fill,
+    floored,
+    half_of,
+    loaded,
+    reader,
+    row_start,
+    tile_columns,
+    tile_of,
 )
 
 SKIP = tl.constexpr(rows.SKIP)
@@ -56,7 +58,8 @@ def label_of(target, HARD: tl.constexpr):
 @triton.jit
 def section_tiles(first, begin, end, last, label, SECTION: tl.constexpr, TILE: tl.constexpr):
     """Where the tiles of the section from column `first` on lie, counted from there: the plain ones, from `head` to
-    `plain` with the one at `labelled` left out; and how many are not plain, and where those end that are whole.
+    `plain`, where the one at `plain` stands in for that at `labelled`; and how many are not plain, and where those end
+    that are whole.
 
     Plain tiles lie between `begin` and `end` and do not hold the label: all but the first if the row begins within it,
     the label's, and the last if it is short. The `last` section takes all the rest.
@@ -99,6 +102,7 @@ def section_part(
     VECTOR: tl.constexpr,
     SECTION: tl.constexpr,
     SHIFTED: tl.constexpr,
+    ALIKE: tl.constexpr,
     KEPT: tl.constexpr,
 ):
     """What one section of a row comes to."""
@@ -108,18 +112,26 @@ def section_part(
     first = section * SECTION
     last = section == sections - 1
     head, plain, labelled, edges, whole = section_tiles(first, 0, vocabulary, last, label, SECTION, TILE)
-    students, teachers = reader(student, LANES, VECTOR, SHIFTED), reader(teacher, LANES, VECTOR, SHIFTED)
     within = tile_columns(0, GROUPS, LANES, VECTOR)
     part = nothing(tl.zeros([LANES], tl.float32))
     own = centre(part[0], part[1], k, k_t, EXACT, ROOT)
-    for start in range(first, first + plain, TILE):
-        start = tl.where(start >= first + labelled, start + TILE, start)
-        s = tile_of(students, start, vocabulary, STUDENT, GROUPS, VECTOR, SHIFTED, False, KEPT)
-        t = tile_of(teachers, start, vocabulary, TEACHER, GROUPS, VECTOR, SHIFTED, False, KEPT) if SOFT else s
-        part, own = extended(
-            part, own, s, t, start + within, vocabulary, label, k, k_t,
-            SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER, False,
-        )  # fmt: skip
+    # Where rows lie alike, there is a loop for each half of 16 bytes that they may begin in, and all but one are empty:
+    # a choice between registers would cost an instruction a pair.
+    HALVES: tl.constexpr = SHIFTED and ALIKE and STUDENT == TEACHER
+    for HALF in tl.static_range(0 if HALVES else UNKNOWN, UNKNOWN if HALVES else UNKNOWN + 1):
+        students = reader(student, LANES, VECTOR, SHIFTED, HALF)
+        teachers = reader(teacher, LANES, VECTOR, SHIFTED, HALF)
+        here = tl.where(half_of(student) == HALF, plain, 0) if HALVES else plain
+        for i in range(first, first + here, TILE):
+            start = tl.where(i == first + labelled, first + plain, i)
+            s = tile_of(students, start, vocabulary, STUDENT, GROUPS, VECTOR, SHIFTED, False, KEPT)
+            t = tile_of(teachers, start, vocabulary, TEACHER, GROUPS, VECTOR, SHIFTED, False, KEPT) if SOFT else s
+            part, own = extended(
+                part, own, s, t, start + within, vocabulary, label, k, k_t,
+                SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER, False,
+            )  # fmt: skip
+    students = reader(student, LANES, VECTOR, SHIFTED, UNKNOWN)
+    teachers = reader(teacher, LANES, VECTOR, SHIFTED, UNKNOWN)
     for i in range(edges):
         start = first + edge_tile(i, head, labelled, whole)
         s = tile_of(students, start, vocabulary, STUDENT, GROUPS, VECTOR, SHIFTED, True, KEPT)
@@ -214,6 +226,7 @@ def forward(
     VECTOR: tl.constexpr,
     SECTION: tl.constexpr,
     SHIFTED: tl.constexpr,
+    ALIKE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """One section of one row. WHOLE: it is the whole row; else `finish` puts the row's sections together."""
@@ -223,9 +236,10 @@ def forward(
     if readable(target, vocabulary):
         student += row_start(row, student_layout)
         teacher += row_start(row, teacher_layout)
+        label = label_of(target, HARD)
         part = section_part(
-            student, teacher, section, sections, label_of(target, HARD), vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-            EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, False,
+            student, teacher, section, sections, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
+            EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, ALIKE, False,
         )  # fmt: skip
         if WHOLE:
             values = finish_row(
@@ -326,29 +340,38 @@ def section_gradient(
     head, plain, labelled, edges, whole = section_tiles(first, begin, end, last, label, SECTION, TILE)
     # VECTOR wide, so that logits of both dtypes lie in the threads alike. From the first tile, so that the loop has
     # one number to add.
-    students = reader(student - begin + first, GROUPS * LANES, VECTOR, not ALIKE)
-    teachers = reader(teacher - begin + first, GROUPS * LANES, VECTOR, not ALIKE)
+    student_at, teacher_at, out_at = student - begin + first, teacher - begin + first, aligned + first
+    students = reader(student_at, GROUPS * LANES, VECTOR, not ALIKE, UNKNOWN)
+    teachers = reader(teacher_at, GROUPS * LANES, VECTOR, not ALIKE, UNKNOWN)
     within = tile_columns(first, 1, GROUPS * LANES, VECTOR)
-    out_tile = reader(aligned + first, GROUPS * LANES, VECTOR, False)[0][:, None] + tl.arange(0, VECTOR)[None, :]
+    out_tile = reader(out_at, GROUPS * LANES, VECTOR, False, UNKNOWN)[0][:, None] + tl.arange(0, VECTOR)[None, :]
     begin -= first
     end -= first
-    for start in range(head, plain, TILE):
-        start = tl.where(start >= labelled, start + TILE, start)
+    for i in range(head, plain, TILE):
+        start = tl.where(i == labelled, plain, i)
         s = loaded(students, start, begin, end, STUDENT, VECTOR, not ALIKE, False, False)
         t = loaded(teachers, start, begin, end, TEACHER, VECTOR, not ALIKE, False, False) if SOFT else s
-        g = gradient(
-            s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, False
-        )
+        g = gradient(s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, False)
         tl.store(out_tile + start, g.to(STUDENT), cache_modifier=".cs")
-    for i in range(edges):
+    for i in range(edges):  # their whole vectors
         start = edge_tile(i, head, labelled, whole)
         s = loaded(students, start, begin, end, STUDENT, VECTOR, not ALIKE, True, False)
         t = loaded(teachers, start, begin, end, TEACHER, VECTOR, not ALIKE, True, False) if SOFT else s
-        g = gradient(
-            s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, True
-        )
-        inside = (start + within >= begin + first) & (start + within < end + first)
-        tl.store(out_tile + start, g.to(STUDENT), mask=inside, cache_modifier=".cs")
+        g = gradient(s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, True)
+        vector = start + tl.arange(0, GROUPS * LANES) * VECTOR
+        inside = (vector >= begin) & (vector + VECTOR <= end)
+        tl.store(out_tile + start, g.to(STUDENT), mask=inside[:, None], cache_modifier=".cs")
+    # The row's first and last columns, where they do not fill a vector. Those of the logits may lie at any address.
+    ragged_end = last & (end % VECTOR > 0) & ((begin <= 0) | (end >= VECTOR))
+    for i in range(tl.where(begin > 0, 0, 1), tl.where(ragged_end, 2, 1)):
+        start = tl.where(i == 0, 0, end // VECTOR * VECTOR)
+        one_student = reader(student_at + start, 1, VECTOR, not ALIKE, UNKNOWN)
+        one_teacher = reader(teacher_at + start, 1, VECTOR, not ALIKE, UNKNOWN)
+        columns = tile_columns(start, 1, 1, VECTOR)
+        s = loaded(one_student, 0, begin - start, end - start, STUDENT, VECTOR, not ALIKE, True, False)
+        t = loaded(one_teacher, 0, begin - start, end - start, TEACHER, VECTOR, not ALIKE, True, False) if SOFT else s
+        g = gradient(s, t, first + columns, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, True)
+        tl.store(out_at + columns, g.to(STUDENT), mask=(columns >= begin) & (columns < end))
 
 
 @triton.jit
@@ -463,14 +486,14 @@ def fused(
         if WHOLE:
             part = section_part(
                 student, teacher, 0, 1, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-                EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, True,
+                EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, ALIKE, True,
             )  # fmt: skip
         else:
             part = nothing(smoothing)
             for section in range(sections):
                 next_part = section_part(
                     student, teacher, section, sections, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-                    EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, True,
+                    EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, ALIKE, True,
                 )  # fmt: skip
                 part = joined(part, next_part, k, k_t, SOFT, EXACT, ROOT, POWER)
         values = finish_row(

@@ -105,7 +105,7 @@ def teacher_exponent(t, point_t, k_t, EXACT: tl.constexpr):
 @triton.jit
 def log2_ratio(x_s, x_t, ROOT: tl.constexpr):
     """delta of columns that are not EXACT."""
-    return ROOT * x_s - x_t
+    return tl.fma(x_s, ROOT, -x_t) if ROOT > 1 else x_s - x_t
 
 
 @triton.jit
@@ -265,7 +265,8 @@ def merged(part, own, k, k_t, SOFT: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.
     if SOFT:
         z_s, z_t, h, b1, b2 = tl.sum(z_s, 0), tl.sum(z_t, 0), tl.sum(h, 0), tl.sum(b1, 0), tl.sum(b2, 0)
     else:
-        z_s, z_t, h, b1, b2 = 0.0, 0.0, 0.0, 0.0, 0.0
+        zero = tl.zeros_like(point_s)
+        z_s, z_t, h, b1, b2 = zero, zero, zero, zero, zero
     return (point_s, point_t, z_s, z_t, b1, b2, h, tl.sum(z_1, 0), tl.sum(total, 0))
 
 
@@ -393,8 +394,8 @@ def gradient_scales(
             # softmax(s)[label] - 1 would lose what a sure student has left to learn.
             at_label = -coef_hard * miss
             if SMOOTHED:
-                at_label += coef_hard * smoothing
                 constant = -coef_hard * smoothing / vocabulary
+                at_label += coef_hard * smoothing + constant
     return point_s, point_t, first_s, first_t, then, by_t, ratio, log_ratio, by_1, constant, at_label
 
 
@@ -422,11 +423,9 @@ def gradient(
     e_s, e_1 = student_exponentials(x_s, s, point_s, k, EXACT, ROOT, POWER)
     g = tl.zeros_like(s)
     if HARD:
-        g = by_1 * e_1
+        g = tl.fma(by_1, e_1, constant) if SMOOTHED else by_1 * e_1
         if EDGE:
             g = tl.where(columns == label, at_label, g)
-        if SMOOTHED:
-            g += constant
     if SOFT:
         x_t = teacher_exponent(t, point_t, k_t, EXACT)
         e_t = tl.exp2(x_t)
@@ -441,5 +440,5 @@ def gradient(
             half = tl.fma(log2_ratio(x_s, x_t, ROOT), LN2 / 2, log_ratio * (-LN2 / 2))
             near = half * tl.fma(ratio, e_s, e_t)
             close = tl.abs(half) < SMALL_16 / 2
-        g = tl.fma(tl.where(close, near, ratio * e_s - e_t), by_t, g)
+        g = tl.fma(tl.where(close, near, tl.fma(ratio, e_s, -e_t)), by_t, g)
     return g

@@ -9,6 +9,9 @@ from their registers. So which columns a lane has, and a row's bits, do not depe
 import triton
 import triton.language as tl
 
+# Beside 0 and 1, which half of 16 bytes a row begins in.
+UNKNOWN = tl.constexpr(2)
+
 
 @triton.jit
 def row_start(row, layout):
@@ -34,11 +37,18 @@ def columns_between(a, b):
 
 
 @triton.jit
-def reader(row, LANES: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr):
+def half_of(at):
+    """Which half of 16 bytes an address lies in."""
+    return ((at.to(tl.uint64) // 8) % 2).to(tl.int32)
+
+
+@triton.jit
+def reader(row, LANES: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, HALF: tl.constexpr):
     """Where the lanes' vectors lie that `loaded` takes.
 
     SHIFTED: the 16 bytes that hold a vector's first column; how many columns on lie those that hold its last; how far
-    into the first it begins (8 bytes, 4 bytes, bits), and how many columns are left there. It is the same for each tile.
+    into the first it begins (8 bytes, 4 bytes, bits), and how many columns are left there: the same for each tile.
+    HALF: in which one of those 16 bytes a row begins, or UNKNOWN.
     """
     SIZE: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
     if SHIFTED:
@@ -47,7 +57,8 @@ def reader(row, LANES: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr
         more = ((address + (VECTOR * SIZE - 1)) // 16 - address // 16).to(tl.int32) * (16 // SIZE)
         into = (address % 16).to(tl.uint32)
         left = ((16 - into) // SIZE).to(tl.int32)
-        vectors = (floored(at, 16), more, (into & 8) != 0, (into & 4) != 0, (into & 2) * 8, left)
+        by_8 = (into & 8) != 0 if HALF == UNKNOWN else tl.full([LANES], HALF == 1, tl.int1)
+        vectors = (floored(at, 16), more, by_8, (into & 4) != 0, (into & 2) * 8, left)
     else:
         vectors = (floored(row, VECTOR * SIZE) + tl.arange(0, LANES) * VECTOR,)
     return vectors
