@@ -106,7 +106,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         command = program("gpu_counters.py", "--ncu", str(ncu), "--backend", backend)
         missing = None if ncu else absent("ncu")
         result.append(Stage(f"counters {backend}", 45, "counters.log", (Command(f"ncu {backend}", command, missing),)))
-    return [stage for stage in result if not options.only or stage.name.split()[0] in options.only.split(",")]
+    only = options.only.split(",")
+    return [stage for stage in result if not options.only or {stage.name, stage.name.split()[0]} & {*only}]
 
 
 def tool(name: str) -> str | None:
@@ -132,7 +133,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="a folder; results there are replaced")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: %(default)s)")
-    parser.add_argument("--only", default="", help="comma-separated stages: build, smoke, time, tests, ...")
+    parser.add_argument(
+        "--only", default="", help="comma-separated stages: smoke, time triton, ..., or time for all of these"
+    )
     parser.add_argument(
         "--device", default="cuda", choices=list(BACKENDS), help="cpu: to try this command without a GPU"
     )

@@ -106,12 +106,13 @@ def test_inplace_on_the_teachers_storage() -> None:
 
 
 def test_double_backward(backend: str) -> None:
-    logits = S.clone().requires_grad_()
-    loss = fused_kd_loss(logits, T, Y, backend=backend)
+    logits, teacher, labels = (x.to(torch.get_default_device()) for x in (S, T, Y))
+    logits = logits.clone().requires_grad_()
+    loss = fused_kd_loss(logits, teacher, labels, backend=backend)
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="fused_kd has no second derivative"):
         gradient.square().sum().backward()
-    loss = fused_kd_loss(logits * 1, T, Y, inplace=True, backend=backend)
+    loss = fused_kd_loss(logits * 1, teacher, labels, inplace=True, backend=backend)
     with pytest.raises(RuntimeError, match="inplace=True cannot be used with create_graph=True"):
         torch.autograd.grad(loss, logits, create_graph=True)
 

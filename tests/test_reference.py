@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import make_labels, make_logits
+from support import make_labels, make_logits, make_normal
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from fused_kd import FusedKDLoss, fused_kd_loss
@@ -115,9 +115,9 @@ def test_near_convergence(
 ) -> None:
     """A KL of 1e-3 down to 1e-9 between two log-sum-exps of 12, at a language model's vocabulary; also where all of the
     student's logits lie higher, and where one of them sticks out."""
-    generator = torch.Generator().manual_seed(7)
-    teacher = torch.randn(2, 151936, generator=generator) * 3
-    student = teacher + sigma * torch.randn(2, 151936, generator=generator) + offset
+    teacher, noise = make_normal(2, 151936, seed=7)
+    teacher *= 3
+    student = teacher + sigma * noise + offset
     if outlier:
         student[:, 70001] = teacher.max() + outlier
     student = student.to(dtype)
@@ -140,10 +140,9 @@ def test_near_convergence(
 @pytest.mark.parametrize("vocabulary", [700, 20000])
 def test_at_any_distance(vocabulary: int, temperature: float, backend: str) -> None:
     """From a close student to one far off: wherever a backend changes from one form of the KL to another."""
-    generator = torch.Generator().manual_seed(3)
-    sigma = torch.linspace(0.3, 1.5, 25).unsqueeze(1) * temperature**0.5
-    teacher = torch.randn(25, vocabulary, generator=generator) * 3
-    student = teacher + sigma * torch.randn(25, vocabulary, generator=generator)
+    teacher, noise = make_normal(25, vocabulary, seed=3)
+    teacher *= 3
+    student = teacher + torch.linspace(0.3, 1.5, 25).unsqueeze(1) * temperature**0.5 * noise
     options = {"alpha": 1.0, "temperature": temperature, "t2_scaling": False, "reduction": "none"}
     exact = student.double().requires_grad_()
     expected = kd_loss(exact, teacher.double(), **options)

@@ -4,7 +4,7 @@ The same sums as csrc/row_math.h, which stay exact when the student is close to 
 them. Rows are finished in float64 where the device has it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,9 +89,16 @@ def _chunks(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptio
     step = max(1, _CHUNK // max(1, columns))
     for begin in range(0, rows, step):
         span = torch.arange(begin, min(begin + step, rows), device=student.device)
-        # Indexing reads these rows alone, whatever the strides; a reshape could copy the whole tensor.
-        index = torch.unravel_index(span, student.shape[:-1]) if student.dim() > 1 else (None,)
-        yield _Chunk(student, teacher, targets, options, span, index, columns)
+        yield _Chunk(student, teacher, targets, options, span, _index_of(span, student.shape[:-1]), columns)
+
+
+def _index_of(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor | None, ...]:
+    """What indexes these rows alone, whatever the strides; a reshape could copy the whole tensor."""
+    index = []
+    for size in reversed(sizes):  # torch.unravel_index would make a GPU wait for numbers from the CPU
+        index.append(rows % size)
+        rows = rows // size
+    return tuple(reversed(index)) or (None,)
 
 
 @dataclass
