@@ -95,6 +95,7 @@ class Code:
     stack: int  # bytes a lane: what was spilled, if anything, in the hot loop or around it
     loops: list[Counter[str]] = field(default_factory=list)  # opcodes of each loop that loads logits; the hot one first
     pairs: int = 0  # that a lane does in one turn of the hot loop
+    ptx: str = ""  # of Triton kernels on NVIDIA's targets
 
     def in_loop(self, *prefixes: str) -> int:
         return sum(n for opcode, n in self.loops[0].items() if opcode.startswith(prefixes or ("",)))
@@ -163,6 +164,7 @@ def compiled(
         writing = next(loop for loop in code.loops if any(op.startswith(STORES) for op in loop))
         code.loops[0] = code.loops[0] + writing
     code.pairs = shape["GROUPS"] * shape["VECTOR"] * shape["LANES"] // (options["num_warps"] * target.warp_size)
+    code.ptx = result.asm.get("ptx", "")
     return code
 
 

@@ -1,8 +1,8 @@
 """Makes Triton's interpreter compute as a GPU does where it would not, and fail where a GPU would.
 
 Two of its operations round otherwise: a fused multiply-add rounds twice, and float32 to bfloat16 cuts off. And it
-believes `tl.multiple_of`, where a GPU refuses the address. All these names are Triton's own affair; a version that moves
-them fails here and not in a tolerance.
+believes `tl.multiple_of`, where a GPU refuses the address. All these names are Triton's own affair; a version that
+moves them fails here and not in a tolerance.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ What stays unchecked: time, the driver's part, and memory order between warps (n
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
@@ -24,12 +25,12 @@ STACK = 24
 
 # Instructions and exponentials a pair, bf16, sm_90: what is reached, rounded up. A change that costs more is seen.
 LIMITS = {
-    "forward, any tau": (29.5, 3.3),
-    "forward, tau = 2": (28, 2.3),
-    "forward, tau = 1.5": (29, 2.3),
+    "forward, any tau": (29.75, 3.3),
+    "forward, tau = 2": (28.5, 2.3),
+    "forward, tau = 1.5": (29.5, 2.3),
     "forward, soft term": (26.5, 2.3),
     "forward, hard term": (7, 1.1),
-    "forward, all options": (33, 3.3),
+    "forward, all options": (33.5, 3.3),
     "backward, any tau": (18, 3.0),
     "backward, tau = 2": (17, 2.0),
     "backward, tau = 1.5": (18.5, 2.0),
@@ -71,11 +72,19 @@ def test_rows_at_any_offset_cost_little_more(variant: str, capability: int) -> N
     check_loop(code)
     assert code.narrow("STG") == 0
     assert code.narrow("LDG", least=64) == 0
-    # Shifting a logit costs one and a half instructions: much for the forward of the hard term, which has six in all.
-    if variant == "forward, hard term":
-        assert code.per_pair() <= aligned.per_pair() + 1.75
+    # Shifting a logit costs up to two instructions: much for the hard term's forward, which has six or seven in all.
+    if variant in ("forward, hard term", "fused, hard term"):
+        assert code.per_pair() <= aligned.per_pair() + 2
     else:
         assert code.per_pair() <= 1.15 * aligned.per_pair()
+
+
+@pytest.mark.parametrize("variant", ["forward, any tau", "backward, tau = 2", "fused, all options"])
+def test_products_are_fused_only_where_the_kernels_say_so(variant: str) -> None:
+    """`.rn` forbids it: a product that rounds once here and not there leaves a lane of -inf with 1e20 and not 0."""
+    ptx = compiled(variant, cuda(90)).ptx
+    assert re.search(r"\bmul\.rn\.f32", ptx)
+    assert not re.search(r"\b(mul|add|sub)(\.ftz)?\.f32", ptx)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
