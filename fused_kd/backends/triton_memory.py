@@ -60,7 +60,7 @@ def reader(row, LANES: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr
         by_8 = (into & 8) != 0 if HALF == UNKNOWN else tl.full([LANES], HALF == 1, tl.int1)
         vectors = (floored(at, 16), more, by_8, (into & 4) != 0, (into & 2) * 8, left)
     else:
-        vectors = (floored(row, VECTOR * SIZE) + tl.arange(0, LANES) * VECTOR,)
+        vectors = (floored(row, VECTOR * SIZE) + tl.arange(0, LANES) * VECTOR,)  # type: ignore[assignment]
     return vectors
 
 
