@@ -54,7 +54,7 @@ def _backends() -> Iterator[str]:
 
 def _choices() -> Iterator[str]:
     setting = os.environ.get(backends.VARIABLE)
-    yield f'{backends.VARIABLE} is {"not set" if setting is None else f"set to {setting!r}"}, so "auto" takes'
+    yield f'{backends.VARIABLE} is {f"set to {setting!r}" if setting else "not set"}, so "auto" takes'
     yield f"  cpu     {_choice('cpu')}"
     yield f"  cuda    {_choice('cuda') if torch.cuda.is_available() else 'PyTorch finds no CUDA device'}"
 

@@ -128,14 +128,17 @@ def load(name: str) -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(_FOLDER / report["library"]))
     except OSError as error:
         return f"{report['library']} does not load ({error}); reinstall the package on this machine"
-    library.fkd_abi_version.restype = ctypes.c_int64
-    if library.fkd_abi_version() != ABI_VERSION:
-        return f"{report['library']} was built from other sources than this Python code; reinstall the package"
-    for function, parameters in _SIGNATURES[name]():
-        getattr(library, function).argtypes = parameters
-        getattr(library, function).restype = ctypes.c_int64
-    if name == "cuda":
-        library.fkd_cuda_error_text.restype = ctypes.c_char_p
+    try:
+        library.fkd_abi_version.restype = ctypes.c_int64
+        if library.fkd_abi_version() != ABI_VERSION:
+            return f"{report['library']} was built from other sources than this Python code; reinstall the package"
+        for function, parameters in _SIGNATURES[name]():
+            getattr(library, function).argtypes = parameters
+            getattr(library, function).restype = ctypes.c_int64
+        if name == "cuda":
+            library.fkd_cuda_error_text.restype = ctypes.c_char_p
+    except AttributeError as error:  # another library under this name
+        return f"{report['library']} is not this package's ({error}); reinstall the package"
     return library
 
 

@@ -1,6 +1,7 @@
 """The choice of a backend."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_KD_BACKEND", "torch")
     assert choose("auto", logits(), logits()).NAME == "torch"
+    monkeypatch.setenv("FUSED_KD_BACKEND", "")
+    expected = choose("auto", logits(), logits()).NAME
+    monkeypatch.delenv("FUSED_KD_BACKEND")
+    assert choose("auto", logits(), logits()).NAME == expected
     monkeypatch.setenv("FUSED_KD_BACKEND", "gpu")
     with pytest.raises(ValueError, match="FUSED_KD_BACKEND must be one of 'auto', .*got 'gpu'"):
         fused_kd_loss(logits(), logits(), alpha=1.0)
@@ -61,6 +66,19 @@ def test_a_missing_library_says_why(fresh: object, monkeypatch: pytest.MonkeyPat
     native.build_report.cache_clear()
     (tmp_path / "_native.json").write_text(json.dumps({"cpu": {"library": "libnone.so"}}))
     assert "libnone.so does not load" in str(PREFERENCE["cpu"].unavailable())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libc.so.6 is what is taken for another library")
+def test_another_library_under_its_name_counts_as_missing(
+    fresh: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    monkeypatch.delenv(native.CUDA_LIBRARY, raising=False)
+    # A path from the root stays one when it is joined to a folder; a name without one would be looked for there.
+    libc = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libc.so.6" in line)
+    (tmp_path / "_native.json").write_text(json.dumps({"cpu": {"library": libc}}))
+    assert "is not this package's" in str(PREFERENCE["cpu"].unavailable())
+    assert choose("auto", logits(), logits()).NAME == "torch"
 
 
 def test_leading_dimensions_merge() -> None:

@@ -30,13 +30,14 @@ def refusal(backend: Backend, student: Tensor, teacher: Tensor) -> str | None:
 
 
 def choose(name: str, student: Tensor, teacher: Tensor) -> Backend:
-    """The backend for these tensors. "auto" takes the variable FUSED_KD_BACKEND, else the first that can.
+    """The backend for these tensors. "auto" takes the variable FUSED_KD_BACKEND, if that is set
+    and not empty, else the first that can.
 
     Raises ValueError for an unknown name, and for a named backend that cannot take the tensors.
     """
     source = "backend"
     if name == "auto":
-        name, source = os.environ.get(VARIABLE, "auto"), VARIABLE
+        name, source = os.environ.get(VARIABLE) or "auto", VARIABLE
     if name == "auto":
         return next(backend for backend in PREFERENCE.values() if refusal(backend, student, teacher) is None)
     if name not in PREFERENCE:
