@@ -34,6 +34,11 @@ BACKENDS = [
 GPU_BACKENDS = [name for name in PREFERENCE if name != "cpu"]
 
 
+def before(version: str, *numbers: int) -> bool:
+    """Whether a version comes before these numbers."""
+    return tuple(map(int, version.split(".")[: len(numbers)])) < numbers
+
+
 def make_logits(kind: str, *shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Student and teacher logits [..., V], float32, on the default device: the same numbers on every one."""
     device = torch.get_default_device()

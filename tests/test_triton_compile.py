@@ -16,10 +16,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 from static_bounds import AMD, EXPONENTIALS, GPUS, SWITCHES, VARIANTS, Code, bound, bytes_per_pair, compiled, cuda
+from support import before
 
 NVIDIA = (80, 90, 100, 120)
 
-OLD = triton.__version__ < "3.7"
+OLD = before(triton.__version__, 3, 7)
 # Bytes: ptxas leaves a few registers on the stack to have one more warp on a multiprocessor, around the hot loops, once
 # a row. Which variants it does so for depends on its version; the old one does for the fused verb at any offset.
 STACK = 56 if OLD else 24
