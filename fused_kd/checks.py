@@ -1,19 +1,19 @@
 """The checks of the tensors that the loss is called with. Nothing here reads a value on a GPU."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from fused_kd.options import KDOptions
+from fused_kd.options import KDOptions, number
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def plain(*values: object) -> bool:
-    """Whether nothing but autograd sees what is done with these: no torch.compile, torch.func, mode or subclass."""
+    """Whether nothing but autograd sees what is done with these: nothing that compiles, traces or transforms it, no
+    mode and no subclass."""
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and all(type(value) is Tensor for value in values if isinstance(value, Tensor))
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
@@ -81,23 +81,24 @@ def check_weights(weights: Tensor | None, student: Tensor, readable: bool) -> Te
     return torch.where(fits, weights, torch.nan)
 
 
-def check_num_items(num_items: float | Tensor | None, student: Tensor, options: KDOptions) -> None:
+def check_num_items(num_items: float | Tensor | None, student: Tensor, options: KDOptions) -> float | Tensor | None:
     if num_items is None:
-        return
+        return None
     if options.reduction != "mean":
         raise ValueError(
             f'num_items replaces the denominator of reduction="mean", but reduction is {options.reduction!r}; '
             "leave one of the two out"
         )
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must have one element, got the shape {tuple(num_items.shape)}")
-        if num_items.device != student.device and (num_items.dim() > 0 or num_items.device.type != "cpu"):
-            raise ValueError(f"num_items must be on the logits' device {student.device}, got {num_items.device}")
-    elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
-        raise TypeError(f"num_items must be a number or a tensor, got {type(num_items).__name__}")
-    elif not (math.isfinite(num_items) and num_items >= 0):
-        raise ValueError(f"num_items must be finite and at least 0, got {num_items}")
+    if not isinstance(num_items, Tensor):
+        num_items = number("num_items", num_items, "a number or a tensor")
+        if not 0 <= num_items < float("inf"):
+            raise ValueError(f"num_items must be finite and at least 0, got {num_items}")
+        return num_items
+    if num_items.numel() != 1:
+        raise ValueError(f"num_items must have one element, got the shape {tuple(num_items.shape)}")
+    if num_items.device != student.device and (num_items.dim() > 0 or num_items.device.type != "cpu"):
+        raise ValueError(f"num_items must be on the logits' device {student.device}, got {num_items.device}")
+    return num_items
 
 
 def check_inplace(student: Tensor, teacher: Tensor) -> None:

@@ -128,7 +128,7 @@ def compute(
     eager = plain(student_logits, teacher_logits, labels, num_items, weights)
     check_logits(student_logits, teacher_logits, options)
     check_labels(labels, student_logits, options)
-    check_num_items(num_items, student_logits, options)
+    num_items = check_num_items(num_items, student_logits, options)
     readable = eager and student_logits.device.type == "cpu"  # values, and without waiting for them
     weights = check_weights(weights, student_logits, readable)
     if options.inplace:
@@ -216,7 +216,7 @@ def _rate(
         divisor = num_items.detach().reshape(()).to(dtype)
         divisor = divisor + (divisor == 0)
     elif num_items is not None:
-        divisor = num_items or 1.0
+        divisor = num_items if num_items > 0 else 1.0
     elif reduction == "batchmean":
         divisor = max(1, batch)
     elif reduction == "mean" and weights is not None:

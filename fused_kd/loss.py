@@ -1,5 +1,6 @@
 """The loss as a module."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,10 +57,23 @@ class FusedKDLoss(torch.nn.Module):
             backend=backend,
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """The options by their names: `loss_fn.temperature`."""
+        return getattr(self._options_for(name), name) if hasattr(KDOptions, name) else super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        """`loss_fn.temperature = 3.0`: checked as at construction, and what the next call takes."""
         if hasattr(KDOptions, name):
-            raise AttributeError(f"the options of a FusedKDLoss are fixed: make a new one with {name}={value!r}")
-        super().__setattr__(name, value)
+            self.options = replace(self._options_for(name), **{name: value})
+        else:
+            super().__setattr__(name, value)
+
+    def _options_for(self, name: str) -> KDOptions:
+        options = self.__dict__.get("options")
+        if options is None:
+            raise AttributeError(f"{name} is an option of FusedKDLoss, which has none before super().__init__(...)")
+        assert isinstance(options, KDOptions)
+        return options
 
     def forward(
         self,

@@ -1,6 +1,6 @@
 """The options of the loss: their names, defaults and checks, in the one place that both public forms take them from."""
 
-import math
+import numbers
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,7 +13,11 @@ _CHOICES = {
     "reduction": get_args(Reduction),
     "vocab_mismatch": get_args(VocabMismatch),
 }
+_NUMBERS = ("temperature", "teacher_temperature", "alpha", "hard_weight", "label_smoothing")
 _SWITCHES = ("t2_scaling", "soft_on_ignored", "shift", "inplace", "return_parts")
+
+
+_INFINITY = float("inf")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class KDOptions:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None or getattr(KDOptions, name) is not None:
+                self._set(name, value, number(name, value))
         _check_temperature("temperature", self.temperature)
         if self.teacher_temperature is not None:
             _check_temperature("teacher_temperature", self.teacher_temperature)
@@ -50,11 +58,11 @@ class KDOptions:
             )
         if self.alpha == 0 and self.weight_of_hard == 0:
             raise ValueError("alpha and hard_weight are both 0: no term is left; give one of them a weight")
-        _check_number("label_smoothing", self.label_smoothing)
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
             raise TypeError(f"ignore_index must be an int, got {_name(self.ignore_index)}")
+        self._set("ignore_index", self.ignore_index, int(self.ignore_index))
         if not -(2**63) <= self.ignore_index < 2**63:
             raise ValueError(f"ignore_index must fit int64, as labels do, got {self.ignore_index}")
         for name, choices in _CHOICES.items():
@@ -66,6 +74,10 @@ class KDOptions:
                 raise TypeError(f"{name} must be True or False, got {_name(getattr(self, name))}")
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a string, got {_name(self.backend)}")
+
+    def _set(self, name: str, value: object, known: object) -> None:
+        if known is not value:
+            object.__setattr__(self, name, known)
 
     @property
     def weight_of_hard(self) -> float:
@@ -80,22 +92,23 @@ def _name(value: object) -> str:
     return f"{value!r} of type {type(value).__name__}"
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a Python number, got {_name(value)}")
+def number(name: str, value: object, what: str = "a number") -> float:
+    """A real number of any library's (np.float32(2)) as Python's; one that torch.compile keeps symbolic as it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name} must be {what}, got {_name(value)}")
+    return value if isinstance(value, (int, float)) else float(value)
 
 
+# Comparisons, not math.isfinite: under torch.compile a number that changes from call to call is symbolic.
 def _check_temperature(name: str, value: float) -> None:
-    _check_number(name, value)
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < _INFINITY:
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
     if not 1e-10 <= value <= 1e10:
         raise ValueError(f"{name} must be between 1e-10 and 1e10, where float32 can follow it, got {value}")
 
 
 def _check_weight(name: str, value: float) -> None:
-    _check_number(name, value)
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < _INFINITY:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
     if value > 1e30:
         raise ValueError(f"{name} must be at most 1e30, where float32 can follow it, got {value}")

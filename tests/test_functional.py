@@ -1,5 +1,7 @@
 """Every option, dtype and backend against the float64 reference."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BACKENDS, DTYPES, LOGITS, check, make_labels, make_logits, on_device
 
-from fused_kd import KDLossOutput, fused_kd_loss
+from fused_kd import FusedKDLoss, KDLossOutput, fused_kd_loss
 
 WEIGHTS = torch.tensor([[0.5, 0.0, 3.0, 1e-3, 1.0], [2.0, 0.25, 0.0, 1.0, 7.0], [1.0, 1.0, 1.0, 0.0, 0.125]])
 
@@ -197,3 +199,41 @@ def test_anything(call: tuple[Any, ...], backend_name: str) -> None:
     student, teacher, labels, options = call
     # A student close to the teacher has a small loss that is a difference of large numbers: its bound is 1e-4.
     check(student, teacher, labels, relative=1e-4, backend=backend_name, **options)
+
+
+def test_options_may_be_read_and_set(backend: str) -> None:
+    class Annealed(FusedKDLoss):
+        def __init__(self) -> None:
+            super().__init__(4.0, alpha=1.0, backend=backend)
+            self.temperature = 3.0
+            self.step = 0
+
+    loss_fn = Annealed()
+    student, teacher = make_logits("wide", 4, 100)
+    assert (loss_fn.temperature, loss_fn.alpha, loss_fn.hard_weight, loss_fn.step) == (3.0, 1.0, None, 0)
+    assert torch.equal(
+        loss_fn(student, teacher), fused_kd_loss(student, teacher, temperature=3.0, alpha=1.0, backend=backend)
+    )
+    loss_fn.temperature, loss_fn.reduction = 1.5, "sum"
+    expected = fused_kd_loss(student, teacher, temperature=1.5, alpha=1.0, reduction="sum", backend=backend)
+    assert torch.equal(loss_fn(student, teacher), expected)
+    assert "temperature=1.5" in repr(loss_fn)
+    assert copy.deepcopy(loss_fn).temperature == pickle.loads(pickle.dumps(FusedKDLoss(1.5))).temperature == 1.5
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    np = pytest.importorskip("numpy")
+    student, teacher = make_logits("wide", 4, 100)
+    labels = make_labels(4, vocabulary=100)
+    ours = {"temperature": 2.5, "alpha": 0.5, "teacher_temperature": 3, "label_smoothing": 0.25, "ignore_index": -1}
+    theirs = {
+        "temperature": np.float32(2.5),
+        "alpha": np.float64(0.5),
+        "teacher_temperature": np.int64(3),
+        "label_smoothing": np.float16(0.25),
+        "ignore_index": np.int32(-1),
+    }
+    labels = labels.masked_fill(labels < 0, -1)
+    expected = fused_kd_loss(student, teacher, labels, num_items=7, **ours)
+    assert torch.equal(fused_kd_loss(student, teacher, labels, num_items=np.int64(7), **theirs), expected)
+    assert type(FusedKDLoss(np.float32(2)).temperature) is float

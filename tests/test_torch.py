@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, assert_gradient, make_labels, make_logits
+from support import DTYPES, assert_gradient, before, make_labels, make_logits
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import FusedKDLoss, fused_kd_loss, ops
@@ -230,3 +231,59 @@ def test_module_and_function_have_the_same_options() -> None:
 
 def test_repr_names_what_differs_from_the_defaults() -> None:
     assert repr(FusedKDLoss(4.0, shift=True)) == "FusedKDLoss(temperature=4.0, shift=True)"
+
+
+ANNEALED = {"alpha": [0.3 + 0.05 * i for i in range(12)], "num_items": [3 + i for i in range(12)]}
+
+
+@pytest.mark.parametrize("name", ANNEALED)
+def test_a_number_that_changes_is_not_compiled_again_and_again(name: str, backend: str) -> None:
+    if name == "alpha" and before(torch.__version__, 2, 12):
+        pytest.skip("PyTorch 2.11 compiles a number that is passed through an autograd.Function anew for each value")
+    torch._dynamo.reset()
+    student, teacher = make_logits("wide", 5, 30)
+    labels = make_labels(5, vocabulary=30)
+
+    def step(x: torch.Tensor, value: float) -> torch.Tensor:
+        loss = fused_kd_loss(x * 2, teacher, labels, backend=backend, **{name: value})
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for value in ANNEALED[name]:
+        results = []
+        for function in (step, compiled):
+            logits = student.clone().requires_grad_()
+            loss = function(logits, value)
+            results.append((loss.detach(), torch.autograd.grad(loss, logits)[0]))
+        torch.testing.assert_close(results[1], results[0])
+    assert counter.frame_count <= 2  # for the first value, and for all others
+
+
+def test_an_option_that_is_set_reaches_a_compiled_module(backend: str) -> None:
+    torch._dynamo.reset()
+    student, teacher = make_logits("wide", 5, 30)
+    loss_fn = FusedKDLoss(alpha=1.0, backend=backend)
+    compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
+    for temperature in (2.0, 3.0, 4.5):
+        loss_fn.temperature = temperature
+        torch.testing.assert_close(compiled(student, teacher), loss_fn(student, teacher))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"weights": True, "return_parts": True}], ids=str)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_counts_the_labels_it_gets(options: dict[str, Any], backend: str) -> None:
+    student, teacher = make_logits("wide", 6, 30)
+    first, then = torch.tensor([1, 2, -100, -100, 3, 4]), torch.tensor([5, -100, -100, -100, -100, -100])
+    weights = torch.linspace(0.5, 2, 6)
+
+    def loss(s: torch.Tensor, t: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> Any:
+        output = fused_kd_loss(
+            s, t, y, backend=backend, **{**options, "weights": w} if "weights" in options else options
+        )
+        return tuple(output) if isinstance(output, tuple) else output
+
+    traced = torch.jit.trace(loss, (student, teacher, first, weights))
+    arguments = (student * 2, teacher, then, weights * 3)
+    torch.testing.assert_close(traced(*arguments), loss(*arguments))
