@@ -23,6 +23,8 @@ class FusedKDFunction(torch.autograd.Function):
     coefficients [N]; only the first result has a gradient. With `inplace` it is written over the student's logits.
     """
 
+    generate_vmap_rule = True  # from those of the operators
+
     @staticmethod
     def forward(
         student: Tensor,
@@ -70,6 +72,7 @@ class _EagerFunction(FusedKDFunction):
     forward with ctx, since Function.apply binds the arguments of one without to its signature at every call. Each takes
     longer than a small loss."""
 
+    generate_vmap_rule = False
     setup_context = staticmethod(torch.autograd.Function.setup_context)
 
     @staticmethod
@@ -119,7 +122,7 @@ def _gradients(
     backend: Backend | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of the student, and of those coefficients of which it is wanted."""
-    if not plain(student, grad):
+    if not plain(student, grad) or torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched
         backend = None
     of_loss: Coefficient = grad  # of each row's loss; or of their sum, and then a number where nobody waits for it
     if backend is not None and grad.dim() == 0 and grad.device.type == "cpu":
@@ -146,6 +149,8 @@ def _vector(value: Coefficient, like: Tensor) -> Tensor:
 
 class _Gradients(torch.autograd.Function):
     """The gradients where a graph of them is asked for: there is no second derivative, and it says so when used."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -105,6 +105,11 @@ def check_inplace(student: Tensor, teacher: Tensor) -> None:
     """Whether the gradient may overwrite the student's logits. Not traced: whose storage it is shows in eager mode."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and student.requires_grad):
         return  # without a gradient nothing will be overwritten
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "inplace=True needs student_logits that a model computed, got those of a transform of torch.func, which "
+            "have no storage to overwrite; use inplace=False"
+        )
     base = student._base if student._is_view() else None
     if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(

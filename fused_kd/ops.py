@@ -101,3 +101,27 @@ rows_forward = _operator("rows_forward", forward, _fake_forward, f"{_LOGITS} -> 
 rows_backward = _operator("rows_backward", backward, _fake_backward, f"{_LOGITS}, {_GRADS} -> Tensor")
 rows_backward_ = _operator("rows_backward_", backward_, lambda *_: None, f"{_MUTATED}, {_GRADS} -> ()", ["student"])
 rows_fused = _operator("rows_fused", fused, _fake_fused, f"{_LOGITS}, {_COEFS} -> (Tensor, Tensor, Tensor)")
+
+
+def _over_a_batch(operator: Any) -> None:
+    """Registers what torch.func.vmap makes of an operator: the batch becomes the first dimension of the rows."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        batch = info.batch_size
+
+        def leading(x: Tensor, dim: int | None) -> Tensor:
+            return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+
+        tensors = [leading(x, dim) for x, dim in zip(arguments, in_dims, strict=True) if isinstance(x, Tensor)]
+        logits, vectors = tensors[:2], [x.flatten(0, 1) for x in tensors[2:]]
+        results = operator(*logits, *vectors, *arguments[len(tensors) :])
+        if isinstance(results, Tensor):  # a gradient, in the student's shape
+            return results, 0
+        split = tuple(x if x.shape == logits[0].shape else x.unflatten(0, (batch, -1)) for x in results)
+        return split, (0,) * len(split)
+
+    operator.register_vmap(rule)
+
+
+for _each in (rows_forward, rows_backward, rows_fused):
+    _over_a_batch(_each)

@@ -169,6 +169,82 @@ def test_func_grad(backend: str) -> None:
     assert torch.equal(gradient, torch.autograd.grad(loss(logits), logits)[0])
 
 
+# What differs in a batch of three: None for what all share.
+MAPPED: list[tuple[dict[str, Any], tuple[int | None, ...]]] = [
+    ({}, (0, 0, 0, 0)),
+    ({"reduction": "none"}, (1, 0, 1, 0)),
+    ({"reduction": "sum", "alpha": 1.0}, (0, None, None, None)),
+    ({"soft_on_ignored": True, "label_smoothing": 0.1}, (None, 0, None, None)),
+    ({"shift": True, "temperature": 1.0}, (None, None, 0, None)),
+    ({"alpha": 0.0}, (0, None, None, 1)),
+]
+
+
+def _mapped_inputs(in_dims: tuple[int | None, ...]) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """Student, teacher, labels and weights, each with a dimension of three where it is mapped; and the three sets."""
+    student, teacher = make_logits("wide", 3, 5, 30)
+    whole = [student, teacher, make_labels(3, 5, vocabulary=30), 0.1 + torch.rand(3, 5)]
+    sets = [[x[0 if dim is None else i] for x, dim in zip(whole, in_dims, strict=True)] for i in range(3)]
+    inputs = [x[0] if dim is None else x.movedim(0, dim) for x, dim in zip(whole, in_dims, strict=True)]
+    return [x.contiguous() for x in inputs], sets
+
+
+@pytest.mark.parametrize(("options", "in_dims"), MAPPED, ids=str)
+def test_vmap(options: dict[str, Any], in_dims: tuple[int | None, ...], backend: str) -> None:
+    def loss(s: torch.Tensor, t: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> Any:
+        return fused_kd_loss(s, t, y, weights=w, backend=backend, **options)
+
+    def summed(*inputs: torch.Tensor) -> torch.Tensor:
+        return loss(*inputs).sum()  # type: ignore[no-any-return]
+
+    inputs, sets = _mapped_inputs(in_dims)
+    for function in (loss, torch.func.grad(summed, argnums=(0, 3))):
+        each = [function(*one) for one in sets]
+        expected = (
+            [torch.stack(x) for x in zip(*each, strict=True)] if isinstance(each[0], tuple) else [torch.stack(each)]
+        )
+        mapped = torch.func.vmap(function, in_dims)(*inputs)
+        torch.testing.assert_close(list(mapped) if isinstance(mapped, tuple) else [mapped], expected)
+
+    def of_all(*inputs: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(summed, in_dims)(*inputs).sum()
+
+    gradient = torch.func.grad(of_all)(*inputs)
+    by_one = torch.stack([torch.func.grad(summed)(*one) for one in sets])
+    torch.testing.assert_close(gradient, by_one.sum(0) if in_dims[0] is None else by_one.movedim(0, in_dims[0]))
+
+
+def test_vmap_in_vmap_and_a_jacobian(backend: str) -> None:
+    student, teacher = make_logits("wide", 2, 3, 4, 30)
+    labels = make_labels(2, 3, 4, vocabulary=30)
+
+    def loss(s: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        result = fused_kd_loss(s, t, y, backend=backend, reduction="none")
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    whole = loss(student, teacher, labels)
+    torch.testing.assert_close(torch.func.vmap(torch.func.vmap(loss))(student, teacher, labels), whole)
+    rows = (student[0, 0], teacher[0, 0], labels[0, 0])
+    jacobian = torch.func.jacrev(loss)(*rows)
+    logits = rows[0].clone().requires_grad_()
+    losses = loss(logits, *rows[1:])
+    one_by_one = torch.stack([torch.autograd.grad(x, logits, retain_graph=True)[0] for x in losses])
+    torch.testing.assert_close(jacobian, one_by_one)
+    (batched,) = torch.autograd.grad(losses, logits, torch.eye(4), is_grads_batched=True)
+    torch.testing.assert_close(batched, one_by_one)
+
+
+def test_inplace_under_vmap_says_what_to_do(backend: str) -> None:
+    student, teacher = make_logits("wide", 2, 3, 30)
+
+    def loss(s: torch.Tensor, t: torch.Tensor) -> Any:
+        return fused_kd_loss(s * 1, t, alpha=1.0, inplace=True, backend=backend)
+
+    with pytest.raises(ValueError, match="inplace=True .* use inplace=False"):
+        torch.func.vmap(torch.func.grad(loss))(student, teacher)
+
+
 class _Seen(TorchDispatchMode):
     """Collects the names of fused_kd's operators that are called."""
 
