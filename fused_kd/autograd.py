@@ -16,11 +16,12 @@ Coefficient = float | Tensor
 
 
 class FusedKDFunction(torch.autograd.Function):
-    """(student [..., V], teacher [..., V], targets [N], coef_soft, coef_hard, options, inplace, summed)
+    """(student [..., V], teacher [..., V], targets [N], coef_soft, coef_hard, symbolic, options, inplace, summed)
     -> coef_soft * soft + coef_hard * hard, [N] or their sum, soft[N], hard[N], stats[N, k].
 
-    `targets` are labels, or SKIP or NO_LABEL of `fused_kd.backends.rows`. Differentiable once, in the student and in
-    coefficients [N]; only the first result has a gradient. With `inplace` it is written over the student's logits.
+    `targets` are labels, or SKIP or NO_LABEL of `fused_kd.backends.rows`; `symbolic` is explained in `ops.py`.
+    Differentiable once, in the student and in coefficients [N]; only the first result has a gradient. With `inplace` it
+    is written over the student's logits.
     """
 
     generate_vmap_rule = True  # from those of the operators
@@ -32,21 +33,22 @@ class FusedKDFunction(torch.autograd.Function):
         targets: Tensor,
         coef_soft: Coefficient,
         coef_hard: Coefficient,
+        symbolic: Tensor | None,
         options: RowOptions,
         inplace: bool,
         summed: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        soft, hard, stats = ops.rows_forward(student, teacher, targets, *options)
+        soft, hard, stats = ops.rows_forward(student, teacher, targets, *options, symbolic)
         return _losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        student, teacher, targets, coef_soft, coef_hard, ctx.options, ctx.inplace, _ = inputs
+        *tensors, ctx.options, ctx.inplace, _ = inputs
         ctx.backend = None
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         # An inference tensor cannot be saved, and need not be: nothing that autograd sees writes to it.
-        tensors = (student, teacher, targets, coef_soft, coef_hard, *output[1:])
+        tensors += output[1:]
         traced = torch.compiler.is_compiling()
         saved = [x if isinstance(x, Tensor) and (traced or not x.is_inference()) else None for x in tensors]
         ctx.others = [x if y is None else None for x, y in zip(tensors, saved, strict=True)]
@@ -55,7 +57,7 @@ class FusedKDFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         saved = [x if x is not None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         arguments = (*saved, grad, ctx.options, ctx.inplace, ctx.needs_input_grad[3:5], ctx.backend)
         if not torch.is_grad_enabled():
@@ -64,7 +66,7 @@ class FusedKDFunction(torch.autograd.Function):
             raise RuntimeError("inplace=True cannot be used with create_graph=True: the logits would be lost")
         else:
             gradient, of_soft, of_hard = _Gradients.apply(*arguments)
-        return gradient, None, None, of_soft, of_hard, None, None, None
+        return gradient, None, None, of_soft, of_hard, None, None, None, None
 
 
 class _EagerFunction(FusedKDFunction):
@@ -77,7 +79,7 @@ class _EagerFunction(FusedKDFunction):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        student, teacher, targets, coef_soft, coef_hard, options, _, summed = inputs
+        student, teacher, targets, coef_soft, coef_hard, _, options, _, summed = inputs
         backend = PREFERENCE[options.backend]
         soft, hard, stats = backend.rows_forward(student, teacher, targets, options)
         output = (_losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats)
@@ -112,6 +114,7 @@ def _gradients(
     targets: Tensor,
     coef_soft: Coefficient,
     coef_hard: Coefficient,
+    symbolic: Tensor | None,
     soft: Tensor,
     hard: Tensor,
     stats: Tensor,
@@ -135,10 +138,11 @@ def _gradients(
             torch.autograd.graph.increment_version(student)
         backend.rows_backward(*rows, options, gradient)
     elif inplace:
-        gradient = student
-        ops.rows_backward_(*rows, *options)  # the operator tells autograd of the write
+        # A graph may return the logits too, or need them for another loss. Where it does not, inductor elides the copy.
+        gradient = student.clone() if torch.compiler.is_compiling() else student
+        ops.rows_backward_(gradient, *rows[1:], *options, symbolic)  # the operator tells autograd of the write
     else:
-        gradient = ops.rows_backward(*rows, *options)
+        gradient = ops.rows_backward(*rows, *options, symbolic)
     gradient = gradient.detach() if inplace else gradient
     return gradient, of_loss * soft if wanted[0] else None, of_loss * hard if wanted[1] else None
 
@@ -162,6 +166,4 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            "fused_kd has no second derivative (double backward); use fused_kd.reference.kd_loss where you need one"
-        )
+        ops.no_second_derivative()

@@ -54,9 +54,9 @@ def check_logits(student: Tensor, teacher: Tensor, options: KDOptions) -> None:
 
 def check_labels(labels: Tensor | None, student: Tensor, options: KDOptions) -> None:
     if labels is None:
-        if options.weight_of_hard > 0:
+        if (weight := options.weight_of_hard()) > 0:
             raise ValueError(
-                f"labels must be given while the hard term has a weight (hard_weight is {options.weight_of_hard:g}); "
+                f"labels must be given while the hard term has a weight (hard_weight is {weight:g}); "
                 "for the soft term alone use alpha=1, or hard_weight=0"
             )
         return

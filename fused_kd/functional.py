@@ -134,16 +134,9 @@ def compute(
     if options.inplace:
         check_inplace(student_logits, teacher_logits)
 
-    rows = RowOptions(
-        temperature=float(options.temperature),
-        teacher_temperature=float(options.teacher_temperature or options.temperature),
-        divergence=options.divergence,
-        label_smoothing=float(options.label_smoothing),
-        soft=options.alpha > 0,
-        hard=options.weight_of_hard > 0,
-        # Chosen once, for both directions; an operator chooses when it runs.
-        backend=choose(options.backend, student_logits, teacher_logits).NAME if eager else options.backend,
-    )
+    # Chosen once, for both directions; an operator chooses when it runs.
+    backend = choose(options.backend, student_logits, teacher_logits).NAME if eager else options.backend
+    rows, symbolic = _row_options(options, backend, eager)
     soft_on_ignored = options.soft_on_ignored and rows.soft
     targets = _targets(student_logits, labels, weights, options.ignore_index, NO_LABEL if soft_on_ignored else SKIP)
     if options.shift:
@@ -159,14 +152,16 @@ def compute(
     of_soft = of_hard = rate(counted)
     if soft_on_ignored:
         of_hard = rate(counted & (targets != NO_LABEL))
+    taken = float if eager else partial(_in_graph, dtype=dtype, device=student_logits.device)
     positions = student_logits.shape[:-1] if options.reduction == "none" else None
     loss, soft, hard = rows_loss(
         eager,
         student_logits,
         teacher_logits.detach(),
         targets,
-        options.weight_of_soft * of_soft,
-        options.weight_of_hard * of_hard,
+        options.weight_of_soft(taken) * of_soft,
+        options.weight_of_hard(taken) * of_hard,
+        symbolic,
         rows,
         options.inplace,
         positions is None,
@@ -180,6 +175,48 @@ def compute(
         _reduced((soft * of_soft).detach(), positions) if rows.soft else None,
         _reduced((hard * of_hard).detach(), positions) if rows.hard else None,
     )
+
+
+def _row_options(options: KDOptions, backend: str, eager: bool) -> tuple[RowOptions, Tensor | None]:
+    """What the operators take; their numbers as a tensor where one of them is symbolic (`ops.py`)."""
+    numbers = (options.temperature, options.teacher_temperature or options.temperature, options.label_smoothing)
+    symbolic = None
+    if not (eager or all(map(_known, numbers))):
+        symbolic = torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * x for x in numbers])
+        numbers = (1.0, 1.0, 0.0)
+    temperature, teacher_temperature, label_smoothing = map(float, numbers)
+    rows = RowOptions(
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        divergence=options.divergence,
+        label_smoothing=label_smoothing,
+        soft=_positive(options.alpha),
+        hard=_positive(options.weight_of_hard()),
+        backend=backend,
+    )
+    return rows, symbolic
+
+
+def _known(value: float) -> bool:
+    """Not for a number that torch.compile keeps symbolic, since it changes from call to call."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # noqa: PLC0415  (takes a second)
+
+    return has_static_value(value)
+
+
+def _positive(value: float) -> bool:
+    return True if value > 0 else False  # noqa: SIM210  (a branch makes of a symbolic condition a known one)
+
+
+def _in_graph(value: float, dtype: torch.dtype, device: torch.device | str) -> float | Tensor:
+    """A symbolic number as a tensor. An operator would make a constant of it, to be compiled anew for each value; so
+    does PyTorch 2.11 of one from which another number is computed."""
+    if _known(value):
+        return value
+    # Not full() nor scalar_tensor(), in which inductor takes the first value for all.
+    return torch.ones((), dtype=dtype, device=device) * value
 
 
 def _targets(student: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_index: int, ignored: int) -> Tensor:

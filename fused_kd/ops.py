@@ -2,10 +2,14 @@
 
 The backend is chosen when an operator runs. Vectors with one number a row are float32, or float64 where one of the
 logits is. What a fake kernel allocates is what the real one does.
+
+The options are those of RowOptions, and after them `symbolic`: None, or what replaces the numbers among them, a tensor
+[temperature, teacher_temperature, label_smoothing], float64 on the CPU. torch.compile keeps a number that changes from
+call to call symbolic in a tensor; as an argument it would be a constant, and each of its values compiled anew.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +22,7 @@ from fused_kd.gradient_memory import empty_gradient
 
 def forward(student: Tensor, teacher: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N], and stats[N, STATS]: what the gradient needs of each row."""
-    rows = RowOptions(*options)
+    rows = _row_options(*options)
     return backends.choose(rows.backend, student, teacher).rows_forward(student, teacher, targets, rows)
 
 
@@ -45,7 +49,7 @@ def _backward(
     *options: Any,
     out: Tensor,
 ) -> None:
-    rows = RowOptions(*options)
+    rows = _row_options(*options)
     backend = backends.choose(rows.backend, student, teacher)
     backend.rows_backward(student, teacher, targets, stats, grad_soft, grad_hard, rows, out)
 
@@ -54,11 +58,21 @@ def fused(
     student: Tensor, teacher: Tensor, targets: Tensor, coef_soft: Tensor, coef_hard: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N] and the gradient of sum(coef_soft * soft + coef_hard * hard), in one visit of each row."""
-    rows = RowOptions(*options)
+    rows = _row_options(*options)
     out = empty_gradient(student)
     backend = backends.choose(rows.backend, student, teacher)
     soft, hard = backend.rows_fused(student, teacher, targets, coef_soft, coef_hard, rows, out)
     return soft, hard, out
+
+
+def _row_options(*options: Any) -> RowOptions:
+    rows, symbolic = RowOptions(*options[: len(RowOptions._fields)]), options[len(RowOptions._fields) :]
+    if symbolic and symbolic[0] is not None:
+        temperature, teacher_temperature, label_smoothing = symbolic[0].tolist()
+        return rows._replace(
+            temperature=temperature, teacher_temperature=teacher_temperature, label_smoothing=label_smoothing
+        )
+    return rows
 
 
 def _empty_rows(student: Tensor, teacher: Tensor, targets: Tensor, *shape: int) -> Tensor:
@@ -86,7 +100,10 @@ def _operator(
     arguments, result = signature.split(" -> ")
     options = ", ".join(f"{kind.__name__} {option}" for option, kind in RowOptions.__annotations__.items())
     operator = torch.library.custom_op(
-        f"fused_kd::{name}", real, mutates_args=mutates, schema=f"({arguments}, {options}) -> {result}"
+        f"fused_kd::{name}",
+        real,
+        mutates_args=mutates,
+        schema=f"({arguments}, {options}, Tensor? symbolic=None) -> {result}",
     )
     operator.register_fake(fake)
     return operator
@@ -103,6 +120,29 @@ rows_backward_ = _operator("rows_backward_", backward_, lambda *_: None, f"{_MUT
 rows_fused = _operator("rows_fused", fused, _fake_fused, f"{_LOGITS}, {_COEFS} -> (Tensor, Tensor, Tensor)")
 
 
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, symbolic = *inputs[:3], output[2], inputs[-1]
+    ctx.save_for_backward(*tensors, symbolic)
+    ctx.options = inputs[3:-1]
+
+
+def _rows_gradient(ctx: Any, grad_soft: Tensor, grad_hard: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, symbolic = ctx.saved_tensors
+    gradient = rows_backward(*tensors, grad_soft, grad_hard, *ctx.options, symbolic)
+    return gradient, *(None,) * (3 + len(ctx.options))
+
+
+def no_second_derivative(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "fused_kd has no second derivative (double backward); use fused_kd.reference.kd_loss where you need one"
+    )
+
+
+# For who calls the operators, and for a graph that torch.export made of them; the loss has its own way (autograd.py).
+rows_forward.register_autograd(_rows_gradient, setup_context=_save_rows)
+rows_backward.register_autograd(no_second_derivative)
+
+
 def _over_a_batch(operator: Any) -> None:
     """Registers what torch.func.vmap makes of an operator: the batch becomes the first dimension of the rows."""
 
@@ -112,9 +152,10 @@ def _over_a_batch(operator: Any) -> None:
         def leading(x: Tensor, dim: int | None) -> Tensor:
             return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
 
-        tensors = [leading(x, dim) for x, dim in zip(arguments, in_dims, strict=True) if isinstance(x, Tensor)]
+        count = next(i for i, x in enumerate(arguments) if not isinstance(x, Tensor))
+        tensors = [leading(x, dim) for x, dim in zip(arguments[:count], in_dims[:count], strict=True)]
         logits, vectors = tensors[:2], [x.flatten(0, 1) for x in tensors[2:]]
-        results = operator(*logits, *vectors, *arguments[len(tensors) :])
+        results = operator(*logits, *vectors, *arguments[count:])
         if isinstance(results, Tensor):  # a gradient, in the student's shape
             return results, 0
         split = tuple(x if x.shape == logits[0].shape else x.unflatten(0, (batch, -1)) for x in results)

@@ -1,8 +1,9 @@
 """The options of the loss: their names, defaults and checks, in the one place that both public forms take them from."""
 
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Divergence = Literal["forward_kl", "cross_entropy"]
 Reduction = Literal["mean", "sum", "none", "batchmean"]
@@ -56,7 +57,7 @@ class KDOptions:
                 f"alpha must be in [0, 1] while hard_weight is None (it is then 1 - alpha), got {self.alpha}; "
                 "give hard_weight to weigh the two terms freely"
             )
-        if self.alpha == 0 and self.weight_of_hard == 0:
+        if self.alpha == 0 and self.weight_of_hard() == 0:
             raise ValueError("alpha and hard_weight are both 0: no term is left; give one of them a weight")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
@@ -79,13 +80,13 @@ class KDOptions:
         if known is not value:
             object.__setattr__(self, name, known)
 
-    @property
-    def weight_of_hard(self) -> float:
-        return 1 - self.alpha if self.hard_weight is None else self.hard_weight
+    # What the terms are multiplied by; `taken` makes of the options that it is computed from what is computed with.
+    def weight_of_soft(self, taken: Callable[[float], Any] = float) -> Any:
+        alpha = taken(self.alpha)
+        return alpha * taken(self.temperature) ** 2 if self.t2_scaling else alpha
 
-    @property
-    def weight_of_soft(self) -> float:
-        return self.alpha * (self.temperature**2 if self.t2_scaling else 1.0)
+    def weight_of_hard(self, taken: Callable[[float], Any] = float) -> Any:
+        return 1 - taken(self.alpha) if self.hard_weight is None else taken(self.hard_weight)
 
 
 def _name(value: object) -> str:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, assert_gradient, before, make_labels, make_logits
+from support import DTYPES, assert_gradient, make_labels, make_logits
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export.experimental import _export_forward_backward
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from fused_kd import FusedKDLoss, fused_kd_loss, ops
 from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions, row_dtype
@@ -58,9 +60,15 @@ def test_opcheck(dtype: torch.dtype, backend: str) -> None:
     student, teacher = (x.to(dtype) for x in make_logits("wide", 2, 3, 50))
     targets = torch.tensor([1, 2, SKIP, NO_LABEL, 4, 49])
     vector = torch.rand(6, dtype=row_dtype(student, teacher))
-    for options in (options_of(backend=backend), options_of(temperature=3.0, soft=False, backend=backend)):
+    symbolic = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    for options in (
+        options_of(backend=backend),
+        options_of(temperature=3.0, soft=False, backend=backend),
+        (*options_of(backend=backend), symbolic),
+    ):
         stats = ops.rows_forward(student, teacher, targets, *options)[2]
-        torch.library.opcheck(ops.rows_forward, (student, teacher, targets, *options))
+        for logits in (student, student.clone().requires_grad_()):
+            torch.library.opcheck(ops.rows_forward, (logits, teacher, targets, *options))
         torch.library.opcheck(ops.rows_backward, (student, teacher, targets, stats, vector, vector, *options))
         torch.library.opcheck(ops.rows_fused, (student, teacher, targets, vector, vector, *options))
         torch.library.opcheck(ops.rows_backward_, (student.clone(), teacher, targets, stats, vector, vector, *options))
@@ -136,6 +144,77 @@ def test_compile(options: dict[str, Any], dynamic: bool, backend: str) -> None:
         torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_inplace_where_the_logits_are_needed_again(compiler: str, again: bool) -> None:
+    """Returned, or read by a second loss: they are not overwritten before that."""
+    torch._dynamo.reset()
+    hidden, weight = torch.randn(5, 8), torch.randn(30, 8)
+    teacher = make_logits("wide", 5, 30)[1]
+    labels = make_labels(5, vocabulary=30, ignored=0)
+
+    def step(h: torch.Tensor, inplace: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = h @ weight.T
+        loss = fused_kd_loss(logits, teacher, labels, inplace=inplace)
+        assert isinstance(loss, torch.Tensor)
+        if again:
+            loss = loss + torch.nn.functional.cross_entropy(logits * 0.5, labels)
+        return loss, logits
+
+    results = []
+    for function in (lambda h: step(h, inplace=False), torch.compile(step, fullgraph=True, backend=compiler)):
+        h = hidden.clone().requires_grad_()
+        loss, logits = function(h)
+        kept = logits.detach().clone()
+        results.append((loss.detach(), kept, torch.autograd.grad(loss, h)[0]))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace": True}], ids=str)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_with_activation_checkpointing(compiler: str, options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    student, teacher = make_logits("wide", 5, 30)
+    labels = make_labels(5, vocabulary=30)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        output = fused_kd_loss(x * 2, teacher, labels, **options)
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        once: torch.Tensor = checkpoint(loss, x, use_reentrant=False)
+        return once + checkpoint(loss, torch.sin(x), use_reentrant=False)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=compiler)):
+        logits = student.clone().requires_grad_()
+        total = function(logits)
+        results.append((total.detach(), torch.autograd.grad(total, logits)[0]))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_export_forward_and_joint_graph(backend: str) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.loss_fn = torch.nn.Linear(8, 30), FusedKDLoss(backend=backend)
+
+        def forward(self, hidden: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> Any:
+            return self.loss_fn(self.head(hidden), teacher, labels)
+
+    model = Model()
+    teacher, labels = make_logits("wide", 5, 30)[1], make_labels(5, vocabulary=30)
+    inputs = (torch.randn(5, 8), teacher, labels)
+    exported = torch.export.export(model, inputs)
+    loss = model(*inputs)
+    torch.testing.assert_close(exported.module()(*inputs), loss)
+    joint = _export_forward_backward(exported)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    results = joint.graph_module(*exported.parameters(), *inputs)
+    torch.testing.assert_close(list(results), [loss, *gradients])
+
+
 def test_compile_with_inductor_and_the_function() -> None:
     torch._dynamo.reset()
     student, teacher = make_logits("wide", 5, 300)
@@ -153,6 +232,21 @@ def test_compile_with_inductor_and_the_function() -> None:
         loss = function(logits)
         results.append((loss.detach(), torch.autograd.grad(loss, logits)[0]))
     torch.testing.assert_close(results[1], results[0])
+
+
+def test_the_operators_have_a_gradient(backend: str) -> None:
+    student, teacher = make_logits("wide", 2, 3, 50)
+    targets, weight = torch.tensor([1, 2, SKIP, NO_LABEL, 4, 49]), torch.linspace(0.5, 2, 6)
+    options, symbolic = options_of(backend=backend), torch.tensor([3.0, 1.5, 0.1], dtype=torch.float64)
+    rows = options._replace(temperature=3.0, teacher_temperature=1.5, label_smoothing=0.1)
+    for arguments in (rows, (*options, symbolic)):
+        logits = student.clone().requires_grad_()
+        soft, hard, stats = ops.rows_forward(logits, teacher, targets, *arguments)
+        (gradient,) = torch.autograd.grad(soft.sum() + (hard * weight).sum(), logits, create_graph=True)
+        expected = ops.rows_backward(student, teacher, targets, stats, torch.ones(6), weight, *rows)
+        assert torch.equal(gradient, expected)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(gradient.sum(), logits)
 
 
 def test_func_grad(backend: str) -> None:
@@ -309,13 +403,18 @@ def test_repr_names_what_differs_from_the_defaults() -> None:
     assert repr(FusedKDLoss(4.0, shift=True)) == "FusedKDLoss(temperature=4.0, shift=True)"
 
 
-ANNEALED = {"alpha": [0.3 + 0.05 * i for i in range(12)], "num_items": [3 + i for i in range(12)]}
+ANNEALED = {
+    "temperature": [1.5 + 0.3 * i for i in range(12)],
+    "teacher_temperature": [0.5 + 0.3 * i for i in range(12)],
+    "alpha": [0.3 + 0.05 * i for i in range(12)],
+    "hard_weight": [0.3 + 0.05 * i for i in range(12)],
+    "label_smoothing": [0.05 + 0.02 * i for i in range(12)],
+    "num_items": [3 + i for i in range(12)],
+}
 
 
 @pytest.mark.parametrize("name", ANNEALED)
 def test_a_number_that_changes_is_not_compiled_again_and_again(name: str, backend: str) -> None:
-    if name == "alpha" and before(torch.__version__, 2, 12):
-        pytest.skip("PyTorch 2.11 compiles a number that is passed through an autograd.Function anew for each value")
     torch._dynamo.reset()
     student, teacher = make_logits("wide", 5, 30)
     labels = make_labels(5, vocabulary=30)
