@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_kd import ops
 from fused_kd.backends import PREFERENCE
 from fused_kd.backends.rows import Backend, RowOptions
-from fused_kd.checks import plain
+from fused_kd.checks import lazy, plain
 from fused_kd.gradient_memory import empty_gradient
 
 # What a term of each row is multiplied by: one number for all rows, or a vector [N].
@@ -89,8 +89,8 @@ class _EagerFunction(FusedKDFunction):
 
 
 def rows_loss(eager: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The first three results of FusedKDFunction, for its arguments. `eager`: what `checks.plain` says of the tensors;
-    options.backend is then a name."""
+    """The first three results of FusedKDFunction, for its arguments. `eager`: what `checks.plain` says of the tensors,
+    and none is `checks.lazy`; options.backend is then a name."""
     losses, soft, hard, _ = (_EagerFunction if eager else FusedKDFunction).apply(*arguments)
     return losses, soft, hard
 
@@ -125,7 +125,7 @@ def _gradients(
     backend: Backend | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of the student, and of those coefficients of which it is wanted."""
-    if not plain(student, grad) or torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched
+    if not plain(student, grad) or lazy(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
         backend = None
     of_loss: Coefficient = grad  # of each row's loss; or of their sum, and then a number where nobody waits for it
     if backend is not None and grad.dim() == 0 and grad.device.type == "cpu":
@@ -148,7 +148,9 @@ def _gradients(
 
 
 def _vector(value: Coefficient, like: Tensor) -> Tensor:
-    return value.expand(like.shape) if isinstance(value, Tensor) else like.new_full(like.shape, value)
+    if isinstance(value, Tensor):
+        return value.expand(like.shape).to(like.dtype)  # PyTorch's zeros without memory are float64 once multiplied
+    return like.new_full(like.shape, value)
 
 
 class _Gradients(torch.autograd.Function):

@@ -20,19 +20,47 @@ def plain(*values: object) -> bool:
     )
 
 
+def lazy(values: Tensor) -> bool:
+    """Whether the values are not what lies in memory: the negative of it (the .imag of a conjugate), or zeros without
+    memory, which derivatives make. The operators lay them out; a backend would read what is not there."""
+    return values.is_neg() or values._is_zerotensor()
+
+
+def check_dense(name: str, values: Tensor) -> None:
+    """Raises TypeError where there are no numbers at strides in memory."""
+    if type(values) is not Tensor and isinstance(values, torch.masked.MaskedTensor):
+        kind, instead = "a MaskedTensor", f"{name}.get_data(), with weights of 0 at positions that are masked"
+    elif values.is_nested:
+        kind = f"a nested tensor of layout {values.layout}"
+        instead = f"{name}.to_padded_tensor(...) with weights of 0 (or labels of ignore_index) in the padding"
+        if values.layout is torch.jagged:
+            instead = f"{name}.values(), as of all other arguments, or {instead}"
+    elif values.layout is not torch.strided:
+        kind, instead = f"the layout {values.layout}", f"{name}.to_dense()"
+    else:
+        return
+    raise TypeError(f"{name} must be a dense tensor, got {kind}; pass {instead}")
+
+
+def check_columns(name: str, logits: Tensor) -> None:
+    """What is asked of logits, the student's or the teacher's."""
+    check_dense(name, logits)
+    if logits.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have the shape [..., V] with at least one column, got {tuple(logits.shape)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"{name} must have unit stride in its last dimension, the vocabulary, got the strides "
+            f"{tuple(logits.stride())}; nothing is copied silently: pass {name}.contiguous()"
+        )
+
+
 def check_logits(student: Tensor, teacher: Tensor, options: KDOptions) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}; a model's output has .logits")
-        if logits.dtype not in _FLOATING:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {logits.dtype}")
-        if logits.dim() == 0 or logits.shape[-1] == 0:
-            raise ValueError(f"{name} must have the shape [..., V] with at least one column, got {tuple(logits.shape)}")
-        if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-            raise ValueError(
-                f"{name} must have unit stride in its last dimension, the vocabulary, got the strides "
-                f"{tuple(logits.stride())}; nothing is copied silently: pass {name}.contiguous()"
-            )
+        check_columns(name, logits)
     if student.shape != teacher.shape:
         shapes = f"student_logits {tuple(student.shape)}, teacher_logits {tuple(teacher.shape)}"
         if student.shape[:-1] != teacher.shape[:-1]:
@@ -63,6 +91,7 @@ def check_labels(labels: Tensor | None, student: Tensor, options: KDOptions) -> 
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an int64 tensor of token ids, got {got}; use labels.long()")
+    check_dense("labels", labels)
     _check_shape("labels", labels, student)
 
 
@@ -73,6 +102,7 @@ def check_weights(weights: Tensor | None, student: Tensor, readable: bool) -> Te
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights must be a floating tensor, got {got}; for a mask use weights=mask.float()")
+    check_dense("weights", weights)
     _check_shape("weights", weights, student)
     fits = torch.isfinite(weights) & (weights >= 0)
     if readable and not fits.all():
@@ -94,6 +124,7 @@ def check_num_items(num_items: float | Tensor | None, student: Tensor, options: 
         if not 0 <= num_items < float("inf"):
             raise ValueError(f"num_items must be finite and at least 0, got {num_items}")
         return num_items
+    check_dense("num_items", num_items)
     if num_items.numel() != 1:
         raise ValueError(f"num_items must have one element, got the shape {tuple(num_items.shape)}")
     if num_items.device != student.device and (num_items.dim() > 0 or num_items.device.type != "cpu"):
@@ -115,6 +146,11 @@ def check_inplace(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(
             "inplace=True needs student_logits that a model computed, got a leaf tensor (or a view of one), whose "
             "storage is its owner's; use inplace=False"
+        )
+    if lazy(student):
+        raise ValueError(
+            "inplace=True needs student_logits whose values lie in memory, got the lazy negative of what does, or "
+            "zeros without memory; pass student_logits.resolve_neg() or .clone(), or use inplace=False"
         )
     memory = student.untyped_storage().data_ptr()
     if memory != 0 and memory == teacher.untyped_storage().data_ptr():

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_kd.autograd import rows_loss
 from fused_kd.backends import choose
 from fused_kd.backends.rows import NO_LABEL, OUT_OF_RANGE, SKIP, RowOptions, row_dtype
-from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights, plain
+from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights, lazy, plain
 from fused_kd.options import Divergence, KDOptions, Reduction, VocabMismatch
 
 
@@ -61,7 +61,9 @@ def fused_kd_loss(
     in the student's logits; the teacher is a constant, whatever its requires_grad.
 
     Args:
-        student_logits: [..., V], float32, float16, bfloat16 or float64, any strides with unit stride in V.
+        student_logits: [..., V], float32, float16, bfloat16 or float64, any strides with unit stride in V. Nothing is
+            copied but what is not in memory as it is, as by PyTorch's own operators: a tensor whose is_neg() is true,
+            and zeros without memory, which derivatives make.
         teacher_logits: [..., V] with the same leading shape, on the same device; its dtype may differ.
         labels: the logits' leading shape, int64. None needs hard_weight == 0.
         temperature: tau of both softmaxes of the soft term, between 1e-10 and 1e10.
@@ -155,7 +157,7 @@ def compute(
     taken = float if eager else partial(_in_graph, dtype=dtype, device=student_logits.device)
     positions = student_logits.shape[:-1] if options.reduction == "none" else None
     loss, soft, hard = rows_loss(
-        eager,
+        eager and not (lazy(student_logits) or lazy(teacher_logits) or lazy(targets)),
         student_logits,
         teacher_logits.detach(),
         targets,

@@ -84,23 +84,12 @@ Arguments = tuple[list[Any], list[Tensor]]  # as ctypes takes them; and what has
 
 
 def arguments(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, *rest: Tensor) -> Arguments:
-    """The head that the verbs of all libraries share, and `rest`: vectors of one number a row, stats or a gradient.
+    """The head that the verbs of all libraries share, and `rest`: vectors of one number a row, or stats.
 
-    The operators can be called by anybody, and a library believes what it is told: so vectors are checked here.
+    A library believes what it is told: `fused_kd.operands` checks what the operators are called with.
     """
-    rows = targets.numel()
-    if student.numel() != rows * student.shape[-1] or teacher.numel() != rows * teacher.shape[-1]:
-        raise ValueError(f"each of the student's {student.shape[:-1].numel()} rows needs a teacher's row and a target")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be int64, got {targets.dtype}")
-    # Vectors of one number a row: O(N), so a strided one (an expanded gradient) may be laid out anew.
-    vectors = [targets.contiguous()]
-    for vector in rest:
-        if vector.dtype != torch.float32 or vector.shape[:1] != (rows,):
-            raise ValueError(
-                f"each row needs its own float32 number: got {vector.dtype} {tuple(vector.shape)} for {rows} targets"
-            )
-        vectors.append(vector.contiguous())
+    # O(N), so a strided one (an expanded gradient) may be laid out anew.
+    vectors = [vector.contiguous() for vector in (targets, *rest)]
     addresses = [vector.data_ptr() for vector in vectors]
     values = [rows_of(student), rows_of(teacher), addresses[0], loss_of(options), *addresses[1:]]
     return values, vectors

@@ -1,14 +1,14 @@
 """The row operations as the PyTorch operators that torch.compile sees as a whole.
 
 The backend is chosen when an operator runs. Vectors with one number a row are float32, or float64 where one of the
-logits is. What a fake kernel allocates is what the real one does.
+logits is. What a fake kernel allocates is what the real one does. Both check their operands (`fused_kd.operands`).
 
 The options are those of RowOptions, and after them `symbolic`: None, or what replaces the numbers among them, a tensor
 [temperature, teacher_temperature, label_smoothing], float64 on the CPU. torch.compile keeps a number that changes from
 call to call symbolic in a tensor; as an argument it would be a constant, and each of its values compiled anew.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,68 +18,47 @@ from fused_kd import backends
 from fused_kd.backends.rows import STATS, RowOptions, row_dtype
 from fused_kd.checks import check_no_overlap
 from fused_kd.gradient_memory import empty_gradient
+from fused_kd.operands import checked, register_odd_operands
 
 
-def forward(student: Tensor, teacher: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def forward(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N], and stats[N, STATS]: what the gradient needs of each row."""
-    rows = _row_options(*options)
-    return backends.choose(rows.backend, student, teacher).rows_forward(student, teacher, targets, rows)
+    return backends.choose(options.backend, student, teacher).rows_forward(student, teacher, targets, options)
 
 
 def backward(student: Tensor, *rest: Any) -> Tensor:
     """The gradient of sum(grad_soft * soft + grad_hard * hard), contiguous, in the student's dtype and shape."""
     out = empty_gradient(student)
-    _backward(student, *rest, out=out)
+    _backward(out, student, *rest)
     return out
 
 
 def backward_(student: Tensor, *rest: Any) -> None:
     """The same, written over the student's logits."""
     check_no_overlap(student)  # a compiled caller could not
-    _backward(student, *rest, out=student)
+    _backward(student, student, *rest)
 
 
-def _backward(
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    grad_soft: Tensor,
-    grad_hard: Tensor,
-    *options: Any,
-    out: Tensor,
-) -> None:
-    rows = _row_options(*options)
-    backend = backends.choose(rows.backend, student, teacher)
-    backend.rows_backward(student, teacher, targets, stats, grad_soft, grad_hard, rows, out)
+def _backward(out: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> None:
+    backend: Any = backends.choose(rest[-1].backend, student, teacher)
+    backend.rows_backward(student, teacher, *rest, out)
 
 
 def fused(
-    student: Tensor, teacher: Tensor, targets: Tensor, coef_soft: Tensor, coef_hard: Tensor, *options: Any
+    student: Tensor, teacher: Tensor, targets: Tensor, coef_soft: Tensor, coef_hard: Tensor, options: RowOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N] and the gradient of sum(coef_soft * soft + coef_hard * hard), in one visit of each row."""
-    rows = _row_options(*options)
     out = empty_gradient(student)
-    backend = backends.choose(rows.backend, student, teacher)
-    soft, hard = backend.rows_fused(student, teacher, targets, coef_soft, coef_hard, rows, out)
+    backend = backends.choose(options.backend, student, teacher)
+    soft, hard = backend.rows_fused(student, teacher, targets, coef_soft, coef_hard, options, out)
     return soft, hard, out
-
-
-def _row_options(*options: Any) -> RowOptions:
-    rows, symbolic = RowOptions(*options[: len(RowOptions._fields)]), options[len(RowOptions._fields) :]
-    if symbolic and symbolic[0] is not None:
-        temperature, teacher_temperature, label_smoothing = symbolic[0].tolist()
-        return rows._replace(
-            temperature=temperature, teacher_temperature=teacher_temperature, label_smoothing=label_smoothing
-        )
-    return rows
 
 
 def _empty_rows(student: Tensor, teacher: Tensor, targets: Tensor, *shape: int) -> Tensor:
     return student.new_empty(targets.shape[0], *shape, dtype=row_dtype(student, teacher))
 
 
-def _fake_forward(student: Tensor, teacher: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = (student, teacher, targets)
     return _empty_rows(*rows), _empty_rows(*rows), _empty_rows(*rows, STATS)
 
@@ -94,18 +73,22 @@ def _fake_fused(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -
 
 
 def _operator(
-    name: str, real: Callable[..., Any], fake: Callable[..., Any], signature: str, mutates: Iterable[str] = ()
+    name: str, real: Callable[..., Any], fake: Callable[..., Any], signature: str, mutates: Sequence[str] = ()
 ) -> Any:
-    """Registers `real` as fused_kd::name; `signature` leaves out the options, which are those of RowOptions."""
+    """Registers `real` as fused_kd::name. `signature` leaves out the options, which are those of RowOptions and reach
+    `real` and `fake` as one."""
     arguments, result = signature.split(" -> ")
     options = ", ".join(f"{kind.__name__} {option}" for option, kind in RowOptions.__annotations__.items())
-    operator = torch.library.custom_op(
-        f"fused_kd::{name}",
-        real,
-        mutates_args=mutates,
-        schema=f"({arguments}, {options}, Tensor? symbolic=None) -> {result}",
-    )
-    operator.register_fake(fake)
+    names = [argument.split()[-1] for argument in arguments.split(", ")]
+
+    def registered(kernel: Callable[..., Any], read: bool) -> Callable[..., Any]:
+        return lambda *arguments: kernel(*checked(names, arguments, read))
+
+    name = f"fused_kd::{name}"
+    schema = f"({arguments}, {options}, Tensor? symbolic=None) -> {result}"
+    operator = torch.library.custom_op(name, registered(real, read=True), mutates_args=mutates, schema=schema)
+    operator.register_fake(registered(fake, read=False))
+    register_odd_operands(name, operator, names, mutates)
     return operator
 
 

@@ -46,9 +46,9 @@ class KDOptions:
             value = getattr(self, name)
             if value is not None or getattr(KDOptions, name) is not None:
                 self._set(name, value, number(name, value))
-        _check_temperature("temperature", self.temperature)
+        check_temperature("temperature", self.temperature)
         if self.teacher_temperature is not None:
-            _check_temperature("teacher_temperature", self.teacher_temperature)
+            check_temperature("teacher_temperature", self.teacher_temperature)
         _check_weight("alpha", self.alpha)
         if self.hard_weight is not None:
             _check_weight("hard_weight", self.hard_weight)
@@ -59,17 +59,14 @@ class KDOptions:
             )
         if self.alpha == 0 and self.weight_of_hard() == 0:
             raise ValueError("alpha and hard_weight are both 0: no term is left; give one of them a weight")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
+        check_smoothing(self.label_smoothing)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
             raise TypeError(f"ignore_index must be an int, got {_name(self.ignore_index)}")
         self._set("ignore_index", self.ignore_index, int(self.ignore_index))
         if not -(2**63) <= self.ignore_index < 2**63:
             raise ValueError(f"ignore_index must fit int64, as labels do, got {self.ignore_index}")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        for name in _CHOICES:
+            check_choice(name, getattr(self, name))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {_name(getattr(self, name))}")
@@ -101,11 +98,21 @@ def number(name: str, value: object, what: str = "a number") -> float:
 
 
 # Comparisons, not math.isfinite: under torch.compile a number that changes from call to call is symbolic.
-def _check_temperature(name: str, value: float) -> None:
+def check_temperature(name: str, value: float) -> None:
     if not 0 < value < _INFINITY:
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
     if not 1e-10 <= value <= 1e10:
         raise ValueError(f"{name} must be between 1e-10 and 1e10, where float32 can follow it, got {value}")
+
+
+def check_smoothing(value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {value}")
+
+
+def check_choice(name: str, value: object) -> None:
+    if value not in _CHOICES[name]:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, _CHOICES[name]))}, got {value!r}")
 
 
 def _check_weight(name: str, value: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import cuda_host
@@ -32,6 +33,13 @@ BACKENDS = [
 
 # Those that take tensors on a GPU: `pytest -m gpu` runs the same tests on each, with the GPU as the default device.
 GPU_BACKENDS = [name for name in PREFERENCE if name != "cpu"]
+
+# Tensors whose values are not what lies in memory: these, or zeros in their place.
+NOT_IN_MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
+    "negated": lambda x: torch._neg_view(-x),  # the same values
+    "zeros": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    "zeros negated": lambda x: torch._neg_view(torch._efficientzerotensor(x.shape, dtype=x.dtype)),
+}
 
 
 def before(version: str, *numbers: int) -> bool:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, INF, assert_gradient, assert_loss, both, check, make_labels, make_logits
+from support import DTYPES, INF, NOT_IN_MEMORY, assert_gradient, assert_loss, both, check, make_labels, make_logits
 
 from fused_kd import fused_kd_loss
+from fused_kd.reference import kd_loss
 
 V = 5000  # more than two blocks of the native kernel
 
@@ -359,3 +360,43 @@ def test_a_teacher_sure_of_one_token(columns: int, dtype: torch.dtype, temperatu
     student[:, columns // 2] = student.amax(-1) + 14 * temperature + 0.3
     teacher[:, columns // 2] = teacher.amax(-1) + 12 * temperature + 0.7
     check(student.to(dtype), teacher.to(dtype), None, alpha=1.0, temperature=temperature, backend=backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["student", "teacher", "labels", "weights", "upstream", "all"])
+@pytest.mark.parametrize("how", NOT_IN_MEMORY)
+def test_values_that_do_not_lie_in_memory(how: str, name: str, reduction: str, backend: str) -> None:
+    student, teacher = make_logits("wide", 6, 300)
+    labels, weights = torch.tensor([0, 5, -100, 299, 1, 2]), torch.tensor([0.5, 0.0, 2.0, 1.0, 0.25, 3.0])
+    upstream = torch.rand(6 if reduction == "none" else ())
+    values = {"student": student, "teacher": teacher, "labels": labels, "weights": weights, "upstream": upstream}
+    lazy = {key: NOT_IN_MEMORY[how](x) if name in (key, "all") else x for key, x in values.items()}
+    results = []
+    for x in (lazy, {key: x + torch.zeros_like(values[key]) for key, x in lazy.items()}):
+        logits = x["student"].requires_grad_()
+        for options in ({"weights": x["weights"]}, {}):
+            loss = fused_kd_loss(logits, x["teacher"], x["labels"], reduction=reduction, backend=backend, **options)
+            assert isinstance(loss, torch.Tensor)
+            results.append((loss.detach(), torch.autograd.grad(loss, logits, x["upstream"])[0]))
+    for (loss, gradient), (expected, exact) in zip(results[:2], results[2:], strict=True):
+        assert_loss(loss, expected.double(), relative=1e-6)
+        assert_gradient(gradient, exact.double())
+
+
+def test_the_gradient_of_what_is_negated(backend: str) -> None:
+    student, teacher = make_logits("close", 4, V)
+    leaf, exact = (-student).requires_grad_(), (-student).double().requires_grad_()
+    loss = fused_kd_loss(torch._neg_view(leaf), torch._neg_view(-teacher), alpha=1.0, backend=backend)
+    expected = kd_loss(-exact, teacher.double(), alpha=1.0)
+    assert isinstance(loss, torch.Tensor)
+    assert isinstance(expected, torch.Tensor)
+    assert_loss(loss, expected.detach())
+    assert_gradient(torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(expected, exact)[0])
+
+
+def test_a_weight_that_is_negated_below_0(backend: str) -> None:
+    student, teacher = make_logits("wide", 2, 50)
+    weights = torch._neg_view(torch.tensor([-1.0, 1.0]))
+    if weights.device.type == "cpu":
+        with pytest.raises(ValueError, match="weights must be finite and at least 0, got -1.0 in row 1"):
+            fused_kd_loss(torch._neg_view(student), teacher, alpha=1.0, weights=weights, backend=backend)

@@ -1,12 +1,18 @@
 """Bad input: the error names the argument, what it was and what it should be."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support import BACKENDS
+from support import INF, NOT_IN_MEMORY, make_logits
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_kd import FusedKDLoss, fused_kd_loss, ops
+from fused_kd.backends.rows import RowOptions
+
+NAN = float("nan")
 
 S, T, Y = torch.randn(2, 3, 10), torch.randn(2, 3, 10), torch.zeros(2, 3, dtype=torch.int64)
 
@@ -105,6 +111,17 @@ def test_inplace_on_the_teachers_storage() -> None:
         fused_kd_loss(logits, logits.detach(), alpha=1.0, inplace=True)
 
 
+@pytest.mark.parametrize("how", NOT_IN_MEMORY)
+def test_inplace_on_values_that_do_not_lie_in_memory(how: str) -> None:
+    logits = torch.randn(4, 10, requires_grad=True) * 1
+    lazy = NOT_IN_MEMORY[how](logits) if how == "negated" else NOT_IN_MEMORY[how](logits).requires_grad_() * logits
+    assert lazy.is_neg() or lazy._is_zerotensor()
+    with pytest.raises(ValueError, match="inplace=True needs student_logits whose values lie in memory"):
+        fused_kd_loss(lazy, torch.zeros(4, 10), alpha=1.0, inplace=True)
+    with torch.no_grad():  # evaluation: nothing will be overwritten
+        fused_kd_loss(lazy, torch.zeros(4, 10), alpha=1.0, inplace=True)
+
+
 def test_double_backward(backend: str) -> None:
     logits, teacher, labels = (x.to(torch.get_default_device()) for x in (S, T, Y))
     logits = logits.clone().requires_grad_()
@@ -136,10 +153,153 @@ def test_an_option_that_is_set_is_checked_as_at_construction() -> None:
         Early()
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is what would believe them")
-def test_the_operators_check_their_vectors() -> None:
-    targets, ones = torch.zeros(6, dtype=torch.int64), torch.ones(6)
-    options = (2.0, 2.0, "forward_kl", 0.0, True, True, "cpu")
-    for bad in ((targets.int(), ones, ones), (targets[:2], ones, ones), (targets, ones.double(), ones)):
-        with pytest.raises((TypeError, ValueError), match="targets must be int64|each "):
-            ops.rows_fused(S, T, *bad, *options)
+OPERATORS: dict[Any, tuple[str, ...]] = {
+    ops.rows_forward: (),
+    ops.rows_backward: ("stats", "grad_soft", "grad_hard"),
+    ops.rows_backward_: ("stats", "grad_soft", "grad_hard"),
+    ops.rows_fused: ("coef_soft", "coef_hard"),
+}
+VECTORS = ("grad_soft", "grad_hard", "coef_soft", "coef_hard")
+
+
+def operands(operator: Any) -> dict[str, Tensor]:
+    """What the operator takes, its options left out."""
+    student, teacher = make_logits("wide", 2, 3, 10)
+    values = {"student": student, "teacher": teacher, "targets": torch.arange(6)}
+    return values | {name: torch.rand(6, 7) if name == "stats" else torch.rand(6) for name in OPERATORS[operator]}
+
+
+def row_options(**changes: Any) -> RowOptions:
+    return RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "auto")._replace(**changes)
+
+
+def check_refusal(operator: Any, values: Any, options: RowOptions, error: type[Exception], message: str) -> None:
+    """The operator refuses these, and so does its fake kernel."""
+    with pytest.raises(error, match=message):
+        operator(*values, *options)
+    with FakeTensorMode() as mode, pytest.raises(error, match=message):
+        operator(*map(mode.from_tensor, values), *options)
+
+
+Change = Callable[[Tensor], Tensor]
+OPERANDS: list[tuple[tuple[str, ...], Change, type[Exception], str]] = [
+    (
+        ("student", "teacher"),
+        lambda x: x[..., :1].expand(x.shape),
+        ValueError,
+        r"{} must have unit stride.*\(30, 10, 0\)",
+    ),
+    (("student", "teacher"), lambda x: x[..., :1].expand(2, 3, 2**40), ValueError, r"{} must have unit stride"),
+    (("student", "teacher"), lambda x: x.transpose(0, 2), ValueError, r"{} must have unit stride.*{}.contiguous\(\)"),
+    (("student", "teacher"), lambda x: x[..., :0], ValueError, r"{} must have the shape .*got \(2, 3, 0\)"),
+    (("student", "teacher"), lambda x: x[0, 0, 0], ValueError, r"{} must have the shape \[..., V\].*got \(\)"),
+    (("student", "teacher"), lambda x: x.int(), TypeError, r"{} must be float32.*got torch.int32"),
+    (("student", "teacher"), lambda x: x.to(torch.complex64), TypeError, r"{} must be float32.*got torch.complex64"),
+    (("teacher",), lambda x: x[:1], ValueError, "{} must have as many rows as the student, 6 of shape.*got 3 of shape"),
+    (
+        ("teacher", "targets", "stats", *VECTORS),
+        lambda x: x.to("meta"),
+        ValueError,
+        "{} must be on the student's device",
+    ),
+    (("targets", "stats", *VECTORS), lambda x: x[:5], ValueError, "{} must have as many rows as the student, 6.*got 5"),
+    (("targets", *VECTORS), lambda x: x.reshape(2, 3), ValueError, r"{} must have the shape \[N\].*got \(2, 3\)"),
+    (("targets", *VECTORS), lambda x: x.new_zeros(6, 0), ValueError, r"{} must have the shape \[N\].*got \(6, 0\)"),
+    (("targets", *VECTORS), lambda x: x[0], ValueError, r"{} must have the shape \[N\].*got \(\)"),
+    (("targets",), lambda x: x.int(), TypeError, r"{} must be torch.int64, got torch.int32; pass {}.to\(torch.int64\)"),
+    (("stats", *VECTORS), lambda x: x.double(), TypeError, "{} must be torch.float32.*got torch.float64; pass {}.to"),
+    (("stats", *VECTORS), lambda x: x.half(), TypeError, "{} must be torch.float32.*got torch.float16; pass {}.to"),
+    (("stats",), lambda x: x[:, :0], ValueError, r"stats must have the shape \[N, 7\].*got \(6, 0\)"),
+    (("stats",), lambda x: x[:, :1], ValueError, r"stats must have the shape \[N, 7\].*got \(6, 1\)"),
+    (("stats",), lambda x: x[:, 0], ValueError, r"stats must have the shape \[N, 7\].*got \(6,\)"),
+]
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator._name)
+@pytest.mark.parametrize(("names", "change", "error", "message"), OPERANDS, ids=[o[3][:60] for o in OPERANDS])
+def test_operands(
+    names: tuple[str, ...], change: Change, error: type[Exception], message: str, operator: Any, backend: str
+) -> None:
+    values = operands(operator)
+    for name in values.keys() & set(names):
+        changed = values | {name: change(values[name])}
+        check_refusal(operator, changed.values(), row_options(backend=backend), error, message.format(name, name))
+
+
+ROW_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    *(({name: x}, f"{name} must be") for name in ("temperature", "teacher_temperature") for x in (0.0, -1.0, INF, NAN)),
+    ({"temperature": 1e-30}, "temperature must be between 1e-10 and 1e10"),
+    ({"divergence": "kl"}, "divergence must be one of 'forward_kl', 'cross_entropy', got 'kl'"),
+    ({"label_smoothing": 1.1}, r"label_smoothing must be in \[0, 1\], got 1.1"),
+    ({"label_smoothing": NAN}, r"label_smoothing must be in \[0, 1\], got nan"),
+    ({"backend": "gpu"}, "backend must be one of 'auto', .*'torch', got 'gpu'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), ROW_OPTIONS, ids=str)
+def test_options_of_the_operators(options: dict[str, Any], message: str, backend: str) -> None:
+    for operator in OPERATORS:
+        values = operands(operator).values()
+        check_refusal(operator, values, row_options(**{"backend": backend, **options}), ValueError, message)
+
+
+@pytest.mark.parametrize("numbers", [torch.tensor([2.0, 2.0, 0.0]), torch.zeros(2).double(), torch.zeros(3).double()])
+def test_symbolic_numbers_of_the_operators(numbers: Tensor) -> None:
+    for operator in OPERATORS:
+        with pytest.raises(ValueError, match="symbolic must be torch.float64 of the shape|temperature must be finite"):
+            operator(*operands(operator).values(), *row_options(), numbers)
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_sizes_that_are_not_known_when_compiled() -> None:
+    torch._dynamo.reset()
+    student, teacher = make_logits("wide", 6, 10)
+
+    def soft(kept: Tensor, of_teacher: Tensor) -> Tensor:
+        targets = torch.arange(6)[kept]
+        result: Tensor = ops.rows_forward(student[kept], teacher[of_teacher], targets, *row_options())[0]
+        return result
+
+    compiled = torch.compile(soft, fullgraph=True, backend="aot_eager")
+    kept, others = torch.arange(6) > 2, torch.arange(6) < 3
+    assert torch.equal(compiled(kept, others), soft(kept, others))
+    with pytest.raises((RuntimeError, ValueError), match="teacher must have as many rows|Runtime assertion failed"):
+        compiled(kept, torch.arange(6) < 4)
+
+
+# What has no numbers at strides in memory, and what to do about it.
+DENSE: dict[str, tuple[Change, str]] = {
+    "sparse_coo": (lambda x: x.to_sparse(), r"the layout torch.sparse_coo; pass {}.to_dense\(\)"),
+    "sparse_csr": (lambda x: x.to_sparse_csr(), r"the layout torch.sparse_csr; pass {}.to_dense\(\)"),
+    "mkldnn": (lambda x: x.to_mkldnn(), r"the layout torch._mkldnn; pass {}.to_dense\(\)"),
+    "nested": (
+        lambda x: torch.nested.nested_tensor([x[:2], x], layout=torch.strided),
+        r"a nested tensor of layout torch.strided; pass {}.to_padded_tensor\(...\) with weights of 0",
+    ),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor([x[:2], x], layout=torch.jagged),
+        r"a nested tensor of layout torch.jagged; pass {}.values\(\), .*or {}.to_padded_tensor\(...\) with weights",
+    ),
+    "masked": (
+        lambda x: torch.masked.masked_tensor(x, x > 0),
+        r"a MaskedTensor; pass {}.get_data\(\), with weights of 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_are_not_dense(kind: str, backend: str) -> None:
+    make, message = DENSE[kind]
+    student, teacher = make_logits("wide", 6, 10)
+    loss = {"student_logits": student, "teacher_logits": teacher, "labels": torch.arange(6), "weights": torch.rand(6)}
+    calls: list[tuple[Any, dict[str, Tensor]]] = [(lambda *values: fused_kd_loss(*values[:3], weights=values[3]), loss)]
+    for operator in OPERATORS:
+        calls.append((lambda *values, op=operator: op(*values, *row_options(backend=backend)), operands(operator)))
+    for call, values in calls:
+        for name, value in values.items():
+            if (kind == "sparse_csr" and value.dim() == 1) or (kind == "mkldnn" and name in ("labels", "targets")):
+                continue  # there are no such tensors
+            changed = values | {name: make(value)}
+            with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got " + message.format(name, name)):
+                call(*changed.values())

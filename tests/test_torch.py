@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, assert_gradient, make_labels, make_logits
+from support import DTYPES, NOT_IN_MEMORY, assert_gradient, make_labels, make_logits
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export.experimental import _export_forward_backward
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -119,6 +119,65 @@ def test_the_fused_verb_skips_rows(backend: str) -> None:
     assert (gradient[1] == 0).all()
     stats = ops.rows_forward(student, teacher, targets, *options)[2]
     torch.testing.assert_close(gradient, ops.rows_backward(student, teacher, targets, stats, ones, ones, *options))
+
+
+def test_rows_are_counted_and_not_laid_out(backend: str) -> None:
+    """The operators need as many rows of student and teacher, and take vectors of any strides."""
+    student, teacher = make_logits("wide", 6, 300)
+    targets, ones = torch.tensor([1, 2, SKIP, NO_LABEL, 4, 49]), torch.ones(6)
+    options = options_of(backend=backend)
+    stats = ops.rows_forward(student, teacher, targets, *options)[2]
+    rows, expanded = (student.view(2, 3, 300), teacher.view(3, 2, 300)), torch.ones(1).expand(6)
+    strided = torch.stack([targets, targets], 1)[:, 1]
+    result = ops.rows_backward(*rows, strided, stats.t().contiguous().t(), expanded, expanded, *options)
+    expected = ops.rows_backward(student, teacher, targets, stats, ones, ones, *options)
+    assert torch.equal(result, expected.view(2, 3, 300))
+    result = ops.rows_fused(*rows, strided, expanded, expanded, *options)
+    expected = ops.rows_fused(student, teacher, targets, ones, ones, *options)
+    assert all(torch.equal(x.view(y.shape), y) for x, y in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("how", NOT_IN_MEMORY)
+def test_operands_that_do_not_lie_in_memory(how: str, backend: str) -> None:
+    student, teacher = make_logits("wide", 6, 300)
+    targets, vector, options = torch.tensor([1, 2, SKIP, 3, 4, 49]), torch.rand(6), options_of(backend=backend)
+    stats = ops.rows_forward(student, teacher, targets, *options)[2]
+    calls = {ops.rows_forward: (), ops.rows_fused: (vector, vector)}
+    calls |= dict.fromkeys((ops.rows_backward, ops.rows_backward_), (stats, vector, vector))
+    for operator, rest in calls.items():
+        for i in range(3 + len(rest)):
+            operands = [student.clone(), teacher, targets, *rest]
+            operands[i], like = NOT_IN_MEMORY[how](operands[i]), operands[i]
+            if i == 0 and operator is ops.rows_backward_:
+                with pytest.raises(ValueError, match="student will be written to, and its values must lie in memory"):
+                    operator(*operands, *options)
+                continue
+            expected = [*operands[:i], operands[i] + torch.zeros_like(like), *operands[i + 1 :]]
+            if operator is ops.rows_backward_:
+                expected[0] = student.clone()
+            results = [operator(*values, *options) for values in (operands, expected)]
+            if operator is ops.rows_backward_:
+                results = [operands[0], expected[0]]
+            torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)  # stats of zeros make NaN
+
+
+def test_negated_logits_are_compiled(backend: str) -> None:
+    torch._dynamo.reset()
+    student, teacher = make_logits("wide", 6, 300)
+    labels = torch.arange(6)
+
+    def step(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        loss = fused_kd_loss(torch._neg_view(x), t, labels, backend=backend)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        logits = student.clone().requires_grad_()
+        loss = function(logits, torch._neg_view(teacher))
+        results.append((loss.detach(), torch.autograd.grad(loss, logits)[0]))
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[0][0], fused_kd_loss(-student, -teacher, labels, backend=backend))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -29,6 +29,12 @@ def refusal(backend: Backend, student: Tensor, teacher: Tensor) -> str | None:
     return backend.unavailable() or backend.refuses(student, teacher)
 
 
+def check_name(name: str, source: str = "backend") -> None:
+    names = ("auto", *PREFERENCE)
+    if name not in names:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, names))}, got {name!r}")
+
+
 def choose(name: str, student: Tensor, teacher: Tensor) -> Backend:
     """The backend for these tensors. "auto" takes the variable FUSED_KD_BACKEND, if that is set
     and not empty, else the first that can.
@@ -40,8 +46,7 @@ def choose(name: str, student: Tensor, teacher: Tensor) -> Backend:
         name, source = os.environ.get(VARIABLE) or "auto", VARIABLE
     if name == "auto":
         return next(backend for backend in PREFERENCE.values() if refusal(backend, student, teacher) is None)
-    if name not in PREFERENCE:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, ('auto', *PREFERENCE)))}, got {name!r}")
+    check_name(name, source)
     reason = refusal(PREFERENCE[name], student, teacher)
     if reason is not None:
         raise ValueError(f"{source}={name!r} cannot be used: {reason}")

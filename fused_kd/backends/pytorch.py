@@ -89,7 +89,8 @@ def _chunks(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptio
     step = max(1, _CHUNK // max(1, columns))
     for begin in range(0, rows, step):
         span = torch.arange(begin, min(begin + step, rows), device=student.device)
-        yield _Chunk(student, teacher, targets, options, span, _index_of(span, student.shape[:-1]), columns)
+        index, teacher_index = _index_of(span, student.shape[:-1]), _index_of(span, teacher.shape[:-1])
+        yield _Chunk(student, teacher, targets, options, span, index, teacher_index, columns)
 
 
 def _index_of(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor | None, ...]:
@@ -109,6 +110,7 @@ class _Chunk:
     options: RowOptions
     span: Tensor
     index: tuple[Tensor | None, ...]
+    teacher_index: tuple[Tensor | None, ...]
     columns: int
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ class _Chunk:
         dtype = row_dtype(self.student, self.teacher)
         self.scale = 1 / o.temperature
         self.s = self.student[..., : self.columns][self.index].to(dtype)
-        self.t = self.teacher[..., : self.columns][self.index].to(dtype)
+        self.t = self.teacher[..., : self.columns][self.teacher_index].to(dtype)
         target = self.targets[self.span]
         self.counted = target != SKIP
         self.labelled = self.counted & (target != NO_LABEL)

@@ -189,7 +189,7 @@ def rows_backward(
             student,
             teacher,
             targets,
-            stats,
+            stats.contiguous(),
             grad_soft,
             grad_hard,
             out,

@@ -1,0 +1,136 @@
+"""What the row operators may be called with. Anybody can call them, and a kernel believes what it is told.
+
+The loss does not come through here where it calls a backend by itself: `fused_kd.checks` has seen its arguments.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import SymBool, Tensor
+
+from fused_kd.backends import check_name
+from fused_kd.backends.rows import STATS, RowOptions, row_dtype
+from fused_kd.checks import check_columns, check_dense, lazy
+from fused_kd.options import check_choice, check_smoothing, check_temperature
+
+# What an operator's `symbolic` replaces, in its order.
+SYMBOLIC = ("temperature", "teacher_temperature", "label_smoothing")
+_OPTIONS = len(RowOptions._fields)
+
+
+def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[Any, ...]:
+    """The tensors with these names and the RowOptions, of which an operator's arguments consist (`ops.py`).
+
+    Raises ValueError or TypeError for what no backend can take. Rows are counted and not laid out: student [..., V] and
+    teacher [..., V2] need as many, not the same shape, and targets [N]. All others are stats [N, STATS] or vectors [N],
+    of any strides. A fake kernel does not `read` what is symbolic; nor sizes, which are looked at when they are known.
+    """
+    tensors, options = arguments[: len(names)], arguments[len(names) :]
+    rows, symbolic = RowOptions(*options[:_OPTIONS]), [x for x in options[_OPTIONS:] if x is not None]
+    student, teacher, targets, *rest = tensors
+    for numbers in symbolic:
+        if numbers.dtype != torch.float64 or numbers.shape != (3,) or numbers.device.type != "cpu":
+            got = f"{numbers.dtype} {tuple(numbers.shape)} on {numbers.device}"
+            raise ValueError(f"symbolic must be torch.float64 of the shape (3,) on the CPU, got {got}")
+        if read:
+            rows = rows._replace(**dict(zip(SYMBOLIC, numbers.tolist(), strict=True)))
+    _check_options(rows)
+    for name, logits in zip(names, (student, teacher), strict=False):
+        check_columns(name, logits)
+    count = math.prod(student.shape[:-1])
+    _check_device("teacher", teacher, student)
+    _check_size("teacher", teacher, math.prod(teacher.shape[:-1]), count, student)
+    _check_rows("targets", targets, count, student, torch.int64)
+    for name, values in zip(names[3:], rest, strict=True):
+        _check_rows(name, values, count, student, row_dtype(student, teacher))
+    return *tensors, rows
+
+
+def _check_rows(name: str, values: Tensor, count: int, student: Tensor, dtype: torch.dtype) -> None:
+    shape = f"[N, {STATS}]" if name == "stats" else "[N]"
+    check_dense(name, values)
+    _check_device(name, values, student)
+    if values.dtype != dtype:
+        why = "" if name == "targets" else ", as rows_forward gives for these logits"
+        raise TypeError(f"{name} must be {dtype}{why}, got {values.dtype}; pass {name}.to({dtype})")
+    if values.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} must have the shape {shape}, a row each, got {tuple(values.shape)}")
+    if name == "stats":
+        _require(values.shape[1] == STATS, lambda: f"stats must have the shape {shape}, got {tuple(values.shape)}")
+    _check_size(name, values, values.shape[0], count, student)
+
+
+def _check_device(name: str, values: Tensor, student: Tensor) -> None:
+    if values.device != student.device:
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {values.device}")
+
+
+def _check_size(name: str, values: Tensor, got: int, count: int, student: Tensor) -> None:
+    _require(
+        got == count,
+        lambda: (
+            f"{name} must have as many rows as the student, {count} of shape {tuple(student.shape)}, got {got} "
+            f"of shape {tuple(values.shape)}"
+        ),
+    )
+
+
+def _require(condition: bool | SymBool, message: Callable[[], str]) -> None:
+    if isinstance(condition, SymBool):
+        torch._check_value(condition, message)
+    elif not condition:
+        raise ValueError(message())
+
+
+@functools.lru_cache(maxsize=64)
+def _check_options(options: RowOptions) -> None:
+    check_temperature("temperature", options.temperature)
+    check_temperature("teacher_temperature", options.teacher_temperature)
+    check_choice("divergence", options.divergence)
+    check_smoothing(options.label_smoothing)
+    check_name(options.backend)
+
+
+def register_odd_operands(name: str, operator: Any, names: list[str], mutates: Sequence[str]) -> None:
+    """What becomes of tensors that PyTorch does not bring to an operator as they are.
+
+    It would lay zeros without memory out as one number, expanded, which no kernel reads; and for an operator that
+    writes into its operand and returns nothing, it does not get on with a negated one. Nested and masked tensors would
+    have errors of its own.
+    """
+
+    def lay_out(*arguments: Any) -> Any:
+        values = dict(zip(names, arguments, strict=False))
+        for written in mutates:
+            if lazy(values[written]):
+                raise ValueError(
+                    f"{written} will be written to, and its values must lie in memory, but it is the lazy negative of "
+                    f"what does, or zeros without memory; pass {written}.resolve_neg() or {written}.clone()"
+                )
+        return operator(*map(_laid_out, arguments))
+
+    def refuse(*arguments: Any) -> NoReturn:
+        for operand, values in zip(names, arguments, strict=False):
+            check_dense(operand, values)
+        raise AssertionError("unreachable: one of them is nested or masked")
+
+    def refuse_subclass(_kind: Any, _operator: Any, _types: Any, arguments: tuple[Any, ...], _: Any) -> NoReturn:
+        refuse(*arguments)
+
+    torch.library.impl(name, ("ZeroTensor", "Negative"), lay_out)
+    torch.library.impl(name, "CompositeImplicitAutogradNestedTensor", refuse)
+    operator.register_torch_dispatch(torch.masked.MaskedTensor, refuse_subclass)
+    # Jagged ones have a class that has no public name: where it has moved, PyTorch's own error is what they get.
+    module = getattr(getattr(torch.nested, "_internal", None), "nested_tensor", None)
+    jagged = getattr(module, "NestedTensor", None)
+    if jagged is not None:
+        operator.register_torch_dispatch(jagged, refuse_subclass)
+
+
+def _laid_out(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.new_zeros(value.shape) if value._is_zerotensor() else value.resolve_neg()
