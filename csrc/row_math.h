@@ -7,6 +7,8 @@
 //
 //   B1 = sum e_t delta,   B2 = sum e_t phi(delta),   phi(delta) = exp(delta) - 1 - delta >= 0
 //   X = (B1 + B2) / Z_t = Z_s / Z_t - 1,   KL = log1p(X) - X + B2 / Z_t = log(Z_s / Z_t) - B1 / Z_t
+//
+// X keeps log(Z_s / Z_t) exact. Its numerator is a sum of its own, of e_s - e_t: B1 and B2 may be large and cancel.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -82,6 +84,7 @@ struct Scales {
     FKD_MEMBER Real teacher_distance(Real from, Real to) const {
         return from - to;
     }
+    FKD_MEMBER bool scaled() const { return false; }
     // The exponent of 2 by which exp(s - from) and exp(s - to) differ.
     template <class Real>
     FKD_MEMBER Real hard_exponent(Real from, Real to) const {
@@ -93,7 +96,9 @@ FKD_MATH float to_grid(float x) { return std::nearbyint(x * 256) / 256; }
 FKD_MATH float on_grid(float x) { return std::fabs(x) < 32768 ? to_grid(x) : x; }
 
 // The point that a piece of a row is measured from, and how (s - student) - (t - teacher) is taken without rounding
-// where the student is close: as (s - first_s) - (t - first_t) - then.
+// where the student is close: as (s - first_s) - (t - first_t) - then. On the grid, what lies between the points goes off
+// exactly, off the one of s and t farther from 0; what is left then are close numbers, whose differences are exact; and
+// `then` is what that makes of the points themselves, so that delta is 0 there.
 struct Centre {
     float student = 0, teacher = 0;
     float first_s = 0, first_t = 0, then = 0;
@@ -102,36 +107,39 @@ struct Centre {
         Centre m;
         m.student = student;
         m.teacher = teacher;
-        const float apart = student - teacher;
-        if (on_grid(student) == student && on_grid(teacher) == teacher) {
-            // `apart` is exact, and so is what is left of the one of s and t farther from 0 when it is taken off.
-            const bool student_farther = std::fabs(student) >= std::fabs(teacher);
-            m.first_s = student_farther ? apart : 0;
-            m.first_t = student_farther ? 0 : -apart;
-        } else if (std::fabs(apart) > 8) {
-            m.first_s = student;
-            m.first_t = teacher;
-        } else {
-            m.then = apart;
-        }
+        const float apart = on_grid(student - teacher);
+        const bool student_farther = std::fabs(student) >= std::fabs(teacher);
+        m.first_s = student_farther ? apart : 0;
+        m.first_t = student_farther ? 0 : -apart;
+        m.then = m.difference(student, teacher);
         return m;
     }
+    FKD_MEMBER float difference(float s, float t) const { return ((s - first_s) - (t - first_t)) - then; }
 };
 
 // Of some of a block's columns: the mean of s - t, weighted by e_t; the sum of e_t that the block must have; and the
 // variance of s - t.
 struct Sample {
     float difference, mass, variance;
+
+    FKD_MEMBER bool spread() const { return mass > 2; }
 };
+
+// Where Z_t, measured from a block's largest teacher logit, is no more than this, one column has most of p there.
+constexpr float kSure = 1.25f;
+// A typical difference this near to that of the maxima is theirs: a sample knows it no better, and from the maxima delta
+// is exactly 0 at all columns that are as far apart.
+constexpr float kAlike = 1.0f / 128;
 
 // The centre of a block with these maxima, so that delta is small for what most of p lies on. Where one token has it
 // all, that is the maxima (delta is exactly 0 there); else the typical difference, which a single logit that sticks
 // out does not move, unless exponentials from there would leave float32's range.
 FKD_MATH Centre centre_of(float max_s, float max_t, const Sample& sample, const Scales& k) {
-    const float teacher = on_grid(max_t), student = teacher + on_grid(sample.difference);
+    const float student = max_t + sample.difference;
     const float reach = 60 / (k.log2 > static_cast<float>(kLog2E) ? k.log2 : static_cast<float>(kLog2E));
-    const bool spread = sample.mass > 2 && std::fabs(max_s - student) <= reach;
-    return spread ? Centre::of(student, teacher) : Centre::of(max_s, max_t);
+    const bool typical = std::fabs(sample.difference - (max_s - max_t)) * k.unit < kAlike;
+    const bool spread = sample.spread() && !typical && std::fabs(max_s - student) <= reach;
+    return spread ? Centre::of(student, max_t) : Centre::of(max_s, max_t);
 }
 
 // How exp(s - max) follows from e_s = exp((s - max) / tau): a power of it, or an exponential of its own.
@@ -155,7 +163,7 @@ FKD_MATH Pair exponentials(float s, float t, const Centre& m, const Scales& k) {
     r.x_t = (t - m.teacher) * k.log2;
     r.e_s = exp2_of((s - m.student) * k.log2);
     r.e_t = exp2_of(r.x_t);
-    r.delta = (((s - m.first_s) - (t - m.first_t)) - m.then) * k.unit;
+    r.delta = m.difference(s, t) * k.unit;
     return r;
 }
 
@@ -185,7 +193,9 @@ struct Partial {
     Real max_s = kLowest, max_t = kLowest;  // its centre
     Real z_s = 0, z_t = 0;    // sums of e_s, e_t
     Real b1 = 0, b2 = 0;
+    Real excess = 0;          // B1 + B2 = Z_s - Z_t, summed by itself: the two may be large and cancel
     Real h = 0;               // sum of e_t log2(e_t), for the teacher's entropy
+    Real rest = 0;            // and of e_t over the columns that do not lie at max_t: beside 1, a sum would lose it
     Real z_1 = 0;             // sum of exp(s - max_s) over the columns other than the label
     Real sum = 0;             // sum of s, for label smoothing
 };
@@ -223,21 +233,28 @@ FKD_MATH Partial<Real> moved_by(const Partial<Real>& a, Real down_s, Real down_t
     if (r_t > 0) {
         r.b1 = r_t * (a.b1 + d * a.z_t);
         r.b2 = apart.bend * a.z_t + apart.excess * a.b1 + r_s * a.b2;
+        r.excess = apart.excess * a.z_t + r_s * a.excess;
         r.h = r_t * (a.h + down_t * a.z_t);
+        r.rest = down_t == 0 ? a.rest : r_t * a.z_t;
     } else {
-        r.b2 = r.z_s;  // no teacher left here: phi has become exp
+        r.b2 = r.excess = r.z_s;  // no teacher left here: phi has become exp
     }
     r.z_1 = a.z_1 == 0 ? a.z_1 : a.z_1 * power_of_2(down_1);
     r.sum = a.sum;
     return r;
 }
 
+// How far the points of a piece are apart, measured from others, without rounding where student and teacher are close.
+FKD_MATH float apart_from(float own_s, float own_t, float s, float t) { return Centre::of(s, t).difference(own_s, own_t); }
+FKD_MATH double apart_from(double own_s, double own_t, double s, double t) { return (own_s - s) - (own_t - t); }
+
 // To maxima at least as large as its own.
 template <class Real, class Scale>
 FKD_MATH Partial<Real> moved(const Partial<Real>& a, Real max_s, Real max_t, const Scale& k) {
     const Real down_s = a.max_s - max_s, down_t = k.teacher_distance(a.max_t, max_t);
     const Real down_1 = k.hard_exponent(a.max_s, max_s);
-    Partial<Real> r = moved_by(a, down_s * k.log2, down_t * k.log2, down_1, (down_s - down_t) * k.unit);
+    const Real apart = k.scaled() ? down_s - down_t : apart_from(a.max_s, a.max_t, max_s, max_t);
+    Partial<Real> r = moved_by(a, down_s * k.log2, down_t * k.log2, down_1, apart * k.unit);
     r.max_s = max_s;
     r.max_t = max_t;
     return r;
@@ -253,7 +270,9 @@ FKD_MATH Partial<Real> added(const Partial<Real>& l, const Partial<Real>& r) {
     c.z_t = l.z_t + r.z_t;
     c.b1 = l.b1 + r.b1;
     c.b2 = l.b2 + r.b2;
+    c.excess = l.excess + r.excess;
     c.h = l.h + r.h;
+    c.rest = l.rest + r.rest;
     c.z_1 = l.z_1 + r.z_1;
     c.sum = l.sum + r.sum;
     return c;
@@ -275,7 +294,7 @@ struct Row {
 
 template <class Real>
 FKD_MATH void finish_soft(const Partial<Real>& a, Row<Real>& row) {
-    const Real x = (a.b1 + a.b2) / a.z_t, second = a.b2 / a.z_t;
+    const Real x = a.excess / a.z_t, second = a.b2 / a.z_t;
     // Close to the teacher B1 and B2 are small and carry the value; far from it they are large and cancel.
     const bool close = std::fabs(x) + second < 1;
     row.log_ratio = close ? std::log1p(x) : std::log(a.z_s / a.z_t);
@@ -284,10 +303,12 @@ FKD_MATH void finish_soft(const Partial<Real>& a, Row<Real>& row) {
     if (a.z_s == 0 || a.z_t == 0) row.kl = row.log_ratio = NAN;  // a row of -inf
 }
 
-// -sum p log p.
+// -sum p log p. Of a sure teacher it is what Z_t has beside 1, so log(Z_t) comes from the sum that leaves out the columns
+// at max_t, where e_t = 1, and their number: 0 where max_t is no column's logit.
 template <class Real>
 FKD_MATH Real teacher_entropy(const Partial<Real>& a) {
-    return std::log(a.z_t) - a.h / a.z_t * static_cast<Real>(kLn2);
+    const Real at_max = std::nearbyint(a.z_t - a.rest);
+    return std::log1p(a.rest + (at_max - 1)) - a.h / a.z_t * static_cast<Real>(kLn2);
 }
 
 // -log softmax(s)[label] from the other columns' sum: a sure and right student keeps its digits.

@@ -58,6 +58,8 @@ const typename Dtype::Bits* elements(const void* data, Dtype) {
 // A block's sums are kept in this many lanes, whatever the width of the machine's vectors: so their order, and with it
 // a row's bits, depends on neither that nor the alignment of the data.
 constexpr int kLanes = 16;
+// They are emptied after this many columns: else a lane that holds all of p would round away what follows it there.
+constexpr int kRun = 512;
 // So many columns before they are read, memory is asked for the logits of a gradient.
 constexpr int kAhead = 512;
 
@@ -74,6 +76,15 @@ FKD_MATH T joined(const T* x, const Join& join) {
     }
 }
 FKD_MATH float total(const float* lanes) { return joined<kLanes>(lanes, [](float a, float b) { return a + b; }); }
+
+// Adds the lanes to others, and empties them.
+FKD_MATH void move_to(float* to, float* lanes) {
+    FKD_SIMD
+    for (int l = 0; l < kLanes; ++l) {
+        to[l] += lanes[l];
+        lanes[l] = 0;
+    }
+}
 
 // Asks memory for the next block's kLanes columns from j: a little at a time, so that it comes during the arithmetic.
 template <int streams>
@@ -108,7 +119,7 @@ struct Tail {
 template <Hard hard, bool close, bool keep>
 FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict t, int n, Centre m, Scales k,
                              float* __restrict excess, float* __restrict e_t, float* __restrict e_1, Ahead ahead) {
-    float z_s[kLanes] = {}, z_t[kLanes] = {}, b1[kLanes] = {}, b2[kLanes] = {}, z_1[kLanes] = {};
+    float z_s[kLanes] = {}, z_t[kLanes] = {}, b1[kLanes] = {}, b2[kLanes] = {}, apart[kLanes] = {}, z_1[kLanes] = {};
     const auto step = [&](const float* __restrict x, const float* __restrict w, int j) FKD_INLINED {
         fetch<keep ? kStreams : 2>(ahead, j);  // without `keep` the logits alone
         FKD_SIMD
@@ -122,6 +133,7 @@ FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict 
                 const Share part = share(pair.e_s - pair.e_t, pair.e_t, pair.delta, counts);
                 b1[l] += part.b1;
                 b2[l] += part.b2;
+                apart[l] += part.excess;
                 difference = part.excess;
             } else {
                 const float delta = (x[l] - m.student) - (w[l] - m.teacher);
@@ -139,13 +151,24 @@ FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict 
             }
         }
     };
+    float runs[6][kLanes] = {};
     int j = 0;
+    while (close && n - j > kRun) {
+        for (const int end = j + kRun; j < end; j += kLanes) step(s + j, t + j, j);
+        float* run[] = {z_s, z_t, b1, b2, apart, z_1};
+        for (int i = 0; i < 6; ++i) move_to(runs[i], run[i]);
+    }
     for (; j + kLanes <= n; j += kLanes) step(s + j, t + j, j);
     if (j < n) step(Tail<Float32, kLanes>::of(s + j, n - j).x, Tail<Float32, kLanes>::of(t + j, n - j).x, j);
-    BlockSums sums = {total(z_s), total(z_t), total(b1), total(b2), total(z_1)};
+    if (close) {
+        float* run[] = {z_s, z_t, b1, b2, apart, z_1};
+        for (int i = 0; i < 6; ++i) move_to(run[i], runs[i]);
+    }
+    BlockSums sums = {total(z_s), total(z_t), total(b1), total(b2), total(apart), total(z_1)};
     if (!close) {
         sums.b1 *= k.unit;
-        sums.b2 = sums.z_s - sums.z_t - sums.b1;
+        sums.excess = sums.z_s - sums.z_t;
+        sums.b2 = sums.excess - sums.b1;
     }
     return sums;
 }
@@ -364,15 +387,16 @@ FKD_CLONES void block_scale(const float* x, int n, float from, float factor, flo
     for (int j = 0; j < n; ++j) out[j] = (x[j] - from) * factor;
 }
 
-FKD_CLONES float block_entropy_sum(const float* t, int n, float teacher_max, const Scales& k) {
+FKD_CLONES EntropySums block_entropy_sums(const float* t, int n, float teacher_max, const Scales& k) {
     const float scale = k.log2;
-    float h = 0;
-    FKD_SIMD_SUM(h)
+    float h = 0, rest = 0;
+    FKD_SIMD_SUM(h, rest)
     for (int j = 0; j < n; ++j) {
         const float x = (t[j] - teacher_max) * scale, e_t = exp2_of(x);
         h += e_t > 0 ? e_t * x : 0.0f;
+        rest += t[j] == teacher_max ? 0.0f : e_t;
     }
-    return h;
+    return {h, rest};
 }
 
 }  // namespace fused_kd

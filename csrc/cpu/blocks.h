@@ -19,7 +19,12 @@ constexpr float kFar = 0.25f;
 
 // Sums over one block, measured from its centre.
 struct BlockSums {
-    float z_s, z_t, b1, b2, z_1;
+    float z_s, z_t, b1, b2, excess, z_1;
+};
+
+// For the teacher's entropy: as in Partial.
+struct EntropySums {
+    float h, rest;
 };
 
 // What the fused verb keeps of a block between its two visits, one float a column each.
@@ -58,7 +63,7 @@ float block_maximum(const float* x, int n);  // kLowest for a block of -inf, NaN
 double block_sum(const float* x, int n);
 Sample block_sample(const float* s, const float* t, int n, float teacher_max, Scales k);
 void block_scale(const float* x, int n, float from, float factor, float* out);  // (x - from) * factor
-float block_entropy_sum(const float* t, int n, float teacher_max, const Scales& k);  // sum of e_t log2(e_t)
+EntropySums block_entropy_sums(const float* t, int n, float teacher_max, const Scales& k);
 float block_hard_sum(const float* s, int n, float student_max, float* e_1);  // e_1 may be null
 // `far`: whether the block is likely to be; kept may be null.
 BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, bool far,

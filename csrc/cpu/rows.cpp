@@ -246,15 +246,25 @@ class Verb {
             centre = centre_of(max_s, top, sample, scales_);
             const bool far = sample.variance * scales_.unit * scales_.unit > 4 * kFar;
             const Ahead next = ahead(row, b, before, gradient, keep ? w.kept.data() : nullptr);
-            const BlockSums sums = block_sums(hard_, s, t, at.n, centre, scales_, far, keep ? &kept : nullptr, next);
+            BlockSums sums = block_sums(hard_, s, t, at.n, centre, scales_, far, keep ? &kept : nullptr, next);
+            // A column with nearly all of p was taken for one of many. What the others have is all there is to see then.
+            if ((sample.spread() || far) && sums.z_t <= kSure) {
+                centre = Centre::of(max_s, top);
+                sums = block_sums(hard_, s, t, at.n, centre, scales_, false, keep ? &kept : nullptr, next);
+            }
             piece.max_t = scaled() ? static_cast<double>(max_t) * teacher_factor_ : centre.teacher;
             piece.z_s = sums.z_s;
             piece.z_t = sums.z_t;
             piece.b1 = sums.b1;
             piece.b2 = sums.b2;
+            piece.excess = sums.excess;
             piece.z_1 = sums.z_1;
             if (!(max_t < INFINITY)) piece.z_t = NAN;
-            if (loss_.divergence == FKD_CROSS_ENTROPY) piece.h = block_entropy_sum(t, at.n, centre.teacher, scales_);
+            if (loss_.divergence == FKD_CROSS_ENTROPY) {
+                const EntropySums entropy = block_entropy_sums(t, at.n, centre.teacher, scales_);
+                piece.h = entropy.h;
+                piece.rest = entropy.rest;
+            }
         } else if (labelled(row)) {
             piece.z_1 = block_hard_sum(s, at.n, centre.student, kept.e_1);
         }

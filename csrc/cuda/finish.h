@@ -12,10 +12,11 @@ FKD_GPU Piece packed(const Partial<double>& a) {
     p.z_t = static_cast<float>(a.z_t);
     p.b1 = static_cast<float>(a.b1);
     p.b2 = static_cast<float>(a.b2);
+    p.excess = static_cast<float>(a.excess);
     p.h = static_cast<float>(a.h);
+    p.rest = static_cast<float>(a.rest);
     p.z_1 = static_cast<float>(a.z_1);
     p.sum = static_cast<float>(a.sum);
-    p.unused = 0;
     return p;
 }
 
@@ -27,7 +28,9 @@ FKD_GPU Partial<double> unpacked(const Piece& p) {
     a.z_t = p.z_t;
     a.b1 = p.b1;
     a.b2 = p.b2;
+    a.excess = p.excess;
     a.h = p.h;
+    a.rest = p.rest;
     a.z_1 = p.z_1;
     a.sum = p.sum;
     return a;
@@ -40,8 +43,7 @@ FKD_GPU float logit_of(const FkdRows& rows, int64_t row, int64_t column) {
     return rows.dtype == FKD_BFLOAT16 ? Bfloat16::widened(bits) : Float16::widened(bits);
 }
 
-// One thread: all that the forward says of a row. The points that the sums are measured from move to where float32 can
-// take differences from them without rounding; not so where one token has all of p, as its delta is to remain 0.
+// One thread: all that the forward says of a row.
 FKD_GPU void write_row(const Work& w, int64_t row, int64_t target, const Partial<double>& a, float* stats) {
     const RowScales k(w);
     Row<double> result;
@@ -51,11 +53,8 @@ FKD_GPU void write_row(const Work& w, int64_t row, int64_t target, const Partial
         finish_soft(a, result);
         soft = result.kl + (w.entropy ? teacher_entropy(a) : 0);
         const double factor = w.tempered ? w.teacher_factor : 1;
-        const bool spread = a.z_t > 2;
         teacher = static_cast<float>(a.max_t / factor);
-        if (spread) teacher = on_grid(teacher);
         max_t = teacher * factor;
-        if (spread) student = static_cast<float>(max_t) + on_grid(static_cast<float>(a.max_s - a.max_t));
     }
     if (w.use_hard && target >= 0) {
         const double logit = logit_of(w.student, row, target);

@@ -25,6 +25,7 @@ struct Lanes {
     // the sums. Only delta is measured from the column itself, so that it is 0 there, and not what the grid leaves
     // over: a teacher that is sure of that column leaves nothing else to see. So e_s to_apart = e_t exp(delta).
     float first_s = kLowest, first_t = kLowest;
+    Centre centre;  // at that column
     float apart = 0, to_apart = 1, lag = 0;  // lag: what is to be taken off (x_s - x_t) ln 2
     float hard_point = 0;                    // 2^this is what z_1 is measured from
     bool lost = false;                       // this way does not do
@@ -34,8 +35,7 @@ struct Lanes {
 
     FKD_GPU_MEMBER float delta(float s, float t, float x_s, float x_t) const {
         if (V::general && tempered) return std::fma(x_s - x_t, kLn2f, -lag);
-        // float32: what s - t is rounded by must not be the same for all columns.
-        if (V::fine) return ((s - first_s) - (t - first_t)) * k.natural;
+        if (V::fine) return centre.difference(s, t) * k.natural;
         return std::fma(s - t, k.natural, -apart);
     }
 
@@ -53,7 +53,13 @@ struct Lanes {
         }
         lost |= !(std::fabs(max_s) < kLargest && std::fabs(max_t) < kLargest);
         const bool exact = V::fine && !(V::general && tempered);
-        const float d = exact ? ((first_s - s) - (first_t - t)) * k.natural : apart - from;
+        if (V::general && entropy && t != first_t && sums.z_t > 0) {
+            // The column measured from so far, which the grid leaves at another exponent than 0, is one of the others.
+            sums.h += (sums.z_t - sums.rest) * std::fma(first_t, k.t, -sums.max_t);
+            sums.rest = sums.z_t;
+        }
+        centre = Centre::of(s, t);
+        const float d = exact ? centre.difference(first_s, first_t) * k.natural : apart - from;
         const float down_t = sums.max_t - max_t;
         sums = moved_by(sums, std::fma(d, static_cast<float>(kLog2E), down_t), down_t, hard_point - point, d);
         sums.max_s = max_s;
@@ -88,7 +94,11 @@ struct Lanes {
                 sums.z_t += e_t;
                 sums.b1 += part.b1;
                 sums.b2 += part.b2;
-                if (V::general && entropy) sums.h += e_t * upper(-256, x_t);  // 0 log 0 = 0
+                if (V::fine) sums.excess += part.excess;
+                if (V::general && entropy && t[i] != first_t) {
+                    sums.h = std::fma(e_t, upper(-256, x_t), sums.h);  // 0 log 0 = 0
+                    sums.rest += e_t;
+                }
             }
             if (V::hard == Hard::same) sums.z_1 += e_s;
             if (V::hard == Hard::square) sums.z_1 += e_s * e_s;
@@ -115,8 +125,15 @@ struct Lanes {
         const float rest_1 = V::hard == Hard::same     ? rest_s
                              : V::hard == Hard::square ? 2 * rest_s
                                                        : std::fma(s, static_cast<float>(kLog2E), -hard_point);
-        const Partial<float> a =
-            warp_sum(moved_by(sums, std::fma(d, static_cast<float>(kLog2E), -rest_t), -rest_t, -rest_1, d));
+        Partial<float> own = moved_by(sums, std::fma(d, static_cast<float>(kLog2E), -rest_t), -rest_t, -rest_1, d);
+        if (!V::fine) own.excess = own.b1 + own.b2;  // enough for 16 bits, and an instruction a column less
+        if (V::general && entropy) {  // not to this column's own exponent, which is 0 now
+            own.rest = power(-rest_t) * sums.rest;
+            own.h = power(-rest_t) * std::fma(-rest_t, sums.rest, sums.h);
+        } else {
+            own.rest = 0;
+        }
+        const Partial<float> a = warp_sum(own);
         const float all = a.z_s + a.z_t + a.b1 + a.b2 + a.h + a.z_1;
         const bool none = V::soft ? a.z_s == 0 || a.z_t == 0 : a.z_1 == 0;
         lost = __any_sync(kAllLanes, lost) || !(std::fabs(all) < INFINITY) || none;
@@ -127,7 +144,9 @@ struct Lanes {
         r.z_t = a.z_t;
         r.b1 = a.b1;
         r.b2 = a.b2;
+        r.excess = a.excess;
         r.h = a.h;
+        r.rest = a.rest;
         r.z_1 = a.z_1;
         r.sum = a.sum;
         return r;
@@ -214,8 +233,11 @@ FKD_GPU void add_carefully(Partial<float>& sums, const Work& w, const RowView<V>
                 piece.z_t += pair.e_t;
                 piece.b1 += part.b1;
                 piece.b2 += part.b2;
-                if (V::general && w.entropy)
+                piece.excess += part.excess;
+                if (V::general && w.entropy) {
                     piece.h += pair.e_t > 0 ? pair.e_t * ((t[i] - centre.teacher) * k.log2) : 0.0f;
+                    piece.rest += t[i] == centre.teacher ? 0 : pair.e_t;
+                }
             }
             if (V::hard != Hard::off && column != label)
                 piece.z_1 += hard_exponential<V::hard>(pair.e_s, s[i], centre.student);
@@ -236,7 +258,9 @@ FKD_GPU Partial<double> in_double(const Partial<float>& a, const CarefulScales& 
     r.z_t = a.z_t;
     r.b1 = a.b1;
     r.b2 = a.b2;
+    r.excess = a.excess;
     r.h = a.h;
+    r.rest = a.rest;
     r.z_1 = a.z_1;
     r.sum = a.sum;
     return r;

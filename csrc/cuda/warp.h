@@ -140,7 +140,9 @@ FKD_GPU Partial<Real> warp_sum(Partial<Real> a) {
         b.z_t = __shfl_xor_sync(kAllLanes, a.z_t, distance);
         b.b1 = __shfl_xor_sync(kAllLanes, a.b1, distance);
         b.b2 = __shfl_xor_sync(kAllLanes, a.b2, distance);
+        b.excess = __shfl_xor_sync(kAllLanes, a.excess, distance);
         b.h = __shfl_xor_sync(kAllLanes, a.h, distance);
+        b.rest = __shfl_xor_sync(kAllLanes, a.rest, distance);
         b.z_1 = __shfl_xor_sync(kAllLanes, a.z_1, distance);
         b.sum = __shfl_xor_sync(kAllLanes, a.sum, distance);
         a = added(a, b);

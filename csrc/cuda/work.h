@@ -43,12 +43,13 @@ struct CarefulScales : Scales {
     FKD_GPU_MEMBER CarefulScales(double temperature, float factor) : Scales(temperature), factor(factor) {}
 
     FKD_GPU_MEMBER float teacher_distance(float from, float to) const { return (from - to) * factor; }
+    FKD_GPU_MEMBER bool scaled() const { return factor != 1; }
 };
 
 // A section's piece of a row, in memory.
 struct Piece {
     double max_s, max_t;
-    float z_s, z_t, b1, b2, h, z_1, sum, unused;
+    float z_s, z_t, b1, b2, excess, h, rest, z_1, sum;
 };
 
 struct Work {
@@ -74,6 +75,7 @@ struct RowScales {
 
     FKD_GPU_MEMBER double hard_exponent(double from, double to) const { return (from - to) * kLog2E; }
     FKD_GPU_MEMBER double teacher_distance(double from, double to) const { return from - to; }
+    FKD_GPU_MEMBER bool scaled() const { return false; }
 };
 
 // A teacher's dtype that is known as the kernel runs.

@@ -130,14 +130,12 @@ class _Chunk:
         from_s, from_t = self.s - centre_s, self._teacher_from(centre_t)
         difference = from_s - from_t
         if self._one_temperature:
-            # Without rounding where the student is close: what lies between centres on the grid is exact, and is taken
-            # off the one of s and t that lies farther from 0. Centres that are maxima may be subtracted before or
-            # after; before, where one lies far above the other.
-            apart, farther = centre_s - centre_t, centre_s.abs() >= centre_t.abs()
-            exact = (self.s - torch.where(farther, apart, 0.0)) - (self.t + torch.where(farther, 0.0, apart))
-            after = (self.s - self.t) - apart
-            gridded = (_on_grid(centre_s) == centre_s) & (_on_grid(centre_t) == centre_t)
-            difference = torch.where(gridded, exact, torch.where(apart.abs() > 8, difference, after))
+            # Without rounding where the student is close: on the grid, what lies between the centres goes off exactly,
+            # off the one of s and t farther from 0; what that makes of the centres themselves goes off last.
+            apart, farther = _on_grid(centre_s - centre_t), centre_s.abs() >= centre_t.abs()
+            first_s, first_t = torch.where(farther, apart, 0.0), torch.where(farther, 0.0, -apart)
+            then = (centre_s - first_s) - (centre_t - first_t)
+            difference = ((self.s - first_s) - (self.t - first_t)) - then
         if self.columns == 1:
             difference = difference * 0  # both probabilities are 1, whatever the last bit says
         return (from_s * self.scale).exp(), (from_t * self.scale).exp(), difference * self.scale
@@ -155,11 +153,10 @@ class _Chunk:
         difference = self.s - (self.t if self._one_temperature else from_t)
         finite = difference.abs() < 1e30
         mass = torch.where(finite, e_t, 0.0).sum(-1, keepdim=True)
-        typical = _on_grid(torch.where(finite, e_t * difference, 0.0).sum(-1, keepdim=True) / mass)
-        centre_t = _on_grid(max_t) if self._one_temperature else max_t
-        centre_s = centre_t + typical if self._one_temperature else typical
+        typical = torch.where(finite, e_t * difference, 0.0).sum(-1, keepdim=True) / mass
+        centre_s = max_t + typical if self._one_temperature else typical
         spread = (mass > 2) & ((max_s - centre_s).abs() <= 40 / max(1.0, self.scale))
-        return torch.where(spread, centre_s, max_s), torch.where(spread, centre_t, max_t)
+        return torch.where(spread, centre_s, max_s), max_t
 
     @property
     def _one_temperature(self) -> bool:

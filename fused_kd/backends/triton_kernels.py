@@ -140,7 +140,7 @@ def section_part(
             part, own, s, t, start + within, vocabulary, label, k, k_t,
             SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER, True,
         )  # fmt: skip
-    return merged(part, own, k, k_t, SOFT, EXACT, ROOT, POWER)
+    return merged(part, own, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER)
 
 
 @triton.jit
@@ -286,9 +286,10 @@ def finish(
             at = parts + section * PARTS
             next_part = (
                 tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
-                tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8),
+                tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9),
+                tl.load(at + 10),
             )  # fmt: skip
-            part = joined(part, next_part, k, k_t, SOFT, EXACT, ROOT, POWER)
+            part = joined(part, next_part, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER)
         values = finish_row(
             part, student + row_start(row, student_layout), row, target, vocabulary, k, k_t, smoothing, soft, hard,
             SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER,
@@ -495,7 +496,7 @@ def fused(
                     student, teacher, section, sections, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
                     EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, ALIKE, True,
                 )  # fmt: skip
-                part = joined(part, next_part, k, k_t, SOFT, EXACT, ROOT, POWER)
+                part = joined(part, next_part, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER)
         values = finish_row(
             part, student, row, target, vocabulary, k, k_t, smoothing, soft, hard,
             SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER,

@@ -22,15 +22,17 @@ A part is what has been read of a row by one lane, by one program or by all; sca
 
     point_s, point_t  what the rest is measured from: a lane's maxima
     z_s, z_t, b1, b2  the soft term; z_s is the sum of e_s 2^-lag
-    h                 sum of e_t log2(e_t), for the teacher's entropy
+    h, rest           sums of e_t log2(e_t) and e_t over the columns that do not lie at point_t, for the teacher's
+                      entropy: of a sure teacher it is what z_t has beside 1, and would lose
     z_1               sum of exp(s) over the columns other than the label
     total             sum of s, for label smoothing
+    excess            EXACT: sum of e_s 2^-lag - e_t. It is B1 ln 2 + B2, but the two may be large and cancel
 """
 
 import triton
 import triton.language as tl
 
-PARTS = tl.constexpr(9)
+PARTS = tl.constexpr(11)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -57,6 +59,19 @@ def reference(x, k, EXACT: tl.constexpr):
 def on_grid(x):
     """To 1/256, so that differences of logits that size are exact."""
     return (x + GRID) - GRID
+
+
+@triton.jit
+def between(point_s, point_t):
+    """How (s - t) - (point_s - point_t) is taken without rounding where the student is close, as (s - first_s) -
+    (t - first_t) - then: on the grid, what lies between the points goes off exactly, off the one of s and t farther
+    from 0; what that makes of the points themselves goes off last."""
+    apart = point_s - point_t
+    apart = tl.where(tl.abs(apart) < 16384, on_grid(apart), apart)
+    farther = tl.abs(point_s) >= tl.abs(point_t)
+    first_s = tl.where(farther, apart, 0.0)
+    first_t = tl.where(farther, 0.0, -apart)
+    return first_s, first_t, (point_s - first_s) - (point_t - first_t)
 
 
 @triton.jit
@@ -131,12 +146,12 @@ def log1p_less(x):
 def nothing(like):
     """The part of a row of which nothing was read, in the shape of `like`."""
     zero = like * 0.0
-    return (zero + LOWEST, zero + LOWEST, zero, zero, zero, zero, zero, zero, zero)
+    return (zero + LOWEST, zero + LOWEST, zero, zero, zero, zero, zero, zero, zero, zero, zero)
 
 
 @triton.jit
 def centre(point_s, point_t, k, k_t, EXACT: tl.constexpr, ROOT: tl.constexpr):
-    """What goes with a part's points: the root of S, T, how far the points are apart, and the lag."""
+    """What goes with a part's points: the root of S, T, the lag, and how far they are apart as `between` has it."""
     root = reference(point_s, k / ROOT, EXACT)
     at_t = reference(point_t, k_t, EXACT)
     apart = point_s - point_t
@@ -144,13 +159,19 @@ def centre(point_s, point_t, k, k_t, EXACT: tl.constexpr, ROOT: tl.constexpr):
     if EXACT:
         lag = apart * k - (ROOT * root - at_t)
         lag = tl.where(tl.abs(lag) < 0.0625, lag, 0.0)  # no column is there, or one too large for a grid
-    return root, at_t, apart, lag
+    first_s, first_t, then = between(point_s, point_t)
+    return root, at_t, first_s, lag, first_t, then
 
 
 @triton.jit
 def delta_between(own, to, k, EXACT: tl.constexpr, ROOT: tl.constexpr):
     """What delta grows by from one centre to another."""
-    return (own[2] - to[2]) * k if EXACT else ROOT * (own[0] - to[0]) - (own[1] - to[1])
+    # (What lies on the grid has exact differences; point_s - point_t has none.)
+    if EXACT:
+        d = (((own[2] - own[4]) - (to[2] - to[4])) + (own[5] - to[5])) * k
+    else:
+        d = ROOT * (own[0] - to[0]) - (own[1] - to[1])
+    return d
 
 
 @triton.jit
@@ -161,9 +182,12 @@ def unlagged(lag):
 
 
 @triton.jit
-def moved(part, own, point_s, to, k, SOFT: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+def moved(
+    part, own, point_s, point_t, to, k, k_t, SOFT: tl.constexpr, ENTROPY: tl.constexpr, EXACT: tl.constexpr,
+    ROOT: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
     """The part, from its `own` centre to another: none so far below its own that an exponential overflows."""
-    own_s, _, z_s, z_t, b1, b2, h, z_1, total = part
+    own_s, own_t, z_s, z_t, b1, b2, h, z_1, total, excess, rest = part
     down_root = own[0] - to[0]
     down_1 = POWER * down_root if POWER else reference(own_s, LOG2E, EXACT) - reference(point_s, LOG2E, EXACT)
     z_1 *= tl.exp2(down_1)
@@ -178,11 +202,18 @@ def moved(part, own, point_s, to, k, SOFT: tl.constexpr, EXACT: tl.constexpr, RO
         growth = tl.where(near, tl.fma(by_t * d, LN2, bend), by_s - by_t)  # by_t (2^d - 1)
         bend = tl.where(near, bend, tl.fma(by_t * d, -LN2, growth))  # by_t phi(d)
         b2 = tl.fma(bend, z_t, tl.fma(growth, b1 * LN2, by_s * b2))
+        if EXACT:
+            excess = tl.fma(growth, z_t, by_s * excess)
         b1 = tl.where(by_t > 0, by_t * tl.fma(d, z_t, b1), 0.0)  # b1 may be -inf
-        h = by_t * tl.fma(down_t, z_t, h)
+        if ENTROPY:
+            # What lay at its point, at the exponent that the reference leaves over, does no more.
+            here = own_t == point_t
+            left_over = tl.where(z_t > 0, teacher_exponent(own_t, own_t, k_t, EXACT), 0.0)
+            h = tl.where(here, h, by_t * tl.fma(down_t, z_t, tl.fma(z_t - rest, left_over, h)))
+            rest = tl.where(here, rest, by_t * z_t)
         z_s *= by_s
         z_t *= by_t
-    return z_s, z_t, b1, b2, h, z_1, total
+    return z_s, z_t, b1, b2, h, z_1, total, excess, rest
 
 
 @triton.jit
@@ -212,33 +243,52 @@ def extended(
     max_s = tl.maximum(part[0], tl.max(s, 1))
     max_t = tl.maximum(part[1], tl.max(t, 1)) if SOFT else part[1]
     to = centre(max_s, max_t, k, k_t, EXACT, ROOT)
-    z_s, z_t, b1, b2, h, z_1, total = moved(part, own, max_s, to, k, SOFT, EXACT, ROOT, POWER)
+    z_s, z_t, b1, b2, h, z_1, total, excess, rest = moved(
+        part, own, max_s, max_t, to, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER
+    )
     x_s = student_exponent(s, max_s[:, None], k, EXACT, ROOT)
     e_s, e_1 = student_exponentials(x_s, s, max_s[:, None], k, EXACT, ROOT, POWER)
     if SOFT:
         x_t = teacher_exponent(t, max_t[:, None], k_t, EXACT)
         e_t = tl.exp2(x_t)
-        delta = ((s - t) - to[2][:, None]) * k if EXACT else log2_ratio(x_s, x_t, ROOT)
+        if EXACT:
+            delta = (((s - to[2][:, None]) - (t - to[4][:, None])) - to[5][:, None]) * k
+        else:
+            delta = log2_ratio(x_s, x_t, ROOT)
         first = tl.where(e_t > 0, e_t * delta, 0.0)  # 0 log 0 = 0; -inf student: -inf
         near = first * (delta * phi_over_square(delta, 3))
         if EXACT:
             e_s *= unlagged(to[3])[:, None]
         # (b2 first: that takes a third of the registers.)
         b2 += tl.sum(tl.where(tl.abs(delta) < SMALL, near, e_s - tl.fma(first, LN2, e_t)), 1)
+        if EXACT:
+            excess += tl.sum(tl.where(tl.abs(delta) < SMALL, tl.fma(first, LN2, near), e_s - e_t), 1)
         z_s += tl.sum(e_s, 1)
         z_t += tl.sum(e_t, 1)
         b1 += tl.sum(first, 1)
         if ENTROPY:
-            h += tl.sum(e_t * tl.maximum(x_t, -256.0), 1)  # 0 log 0 = 0
+            others = tl.where(t == max_t[:, None], 0.0, e_t)
+            h += tl.sum(others * tl.maximum(x_t, -256.0), 1)  # 0 log 0 = 0
+            rest += tl.sum(others, 1)
     if HARD:
         z_1 += tl.sum(tl.where(columns == label, 0.0, e_1) if EDGE else e_1, 1)
         if SMOOTHED:
             total += tl.sum(tl.where(columns < vocabulary, s, 0.0) if EDGE else s, 1)
-    return (max_s, max_t, z_s, z_t, b1, b2, h, z_1, total), to
+    return (max_s, max_t, z_s, z_t, b1, b2, h, z_1, total, excess, rest), to
 
 
 @triton.jit
-def merged(part, own, k, k_t, SOFT: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+def merged(
+    part,
+    own,
+    k,
+    k_t,
+    SOFT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROOT: tl.constexpr,
+    POWER: tl.constexpr,
+):
     """One part of many.
 
     It is measured from where the mean of delta under p is 0, or near: there B1 is small, and a student's logit that
@@ -254,24 +304,36 @@ def merged(part, own, k, k_t, SOFT: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.
         mass = tl.exp2(down_t) * z_t
         total = tl.sum(mass, 0)
         mean = tl.sum(tl.where(mass > 0, tl.exp2(down_t) * tl.fma(apart, z_t, b1), 0.0), 0) / total
-        mean_t = on_grid(point_t)
-        mean_s = mean_t + on_grid(point_s + mean / k - point_t)
+        mean_s = point_s + mean / k
         reached = (tl.abs(mean_s - point_s) * tl.maximum(k, LOG2E) <= REACH) & (k_t <= 256)
         spread = reached & (total > 2) & (tl.abs(mean) < float("inf"))
         point_s = tl.where(spread, mean_s, point_s)
-        point_t = tl.where(spread, mean_t, point_t)
         to = centre(point_s, point_t, k, k_t, EXACT, ROOT)
-    z_s, z_t, b1, b2, h, z_1, total = moved(part, own, point_s, to, k, SOFT, EXACT, ROOT, POWER)
+    z_s, z_t, b1, b2, h, z_1, total, excess, rest = moved(
+        part, own, point_s, point_t, to, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER
+    )
+    zero = tl.zeros_like(point_s)
     if SOFT:
         z_s, z_t, h, b1, b2 = tl.sum(z_s, 0), tl.sum(z_t, 0), tl.sum(h, 0), tl.sum(b1, 0), tl.sum(b2, 0)
     else:
-        zero = tl.zeros_like(point_s)
         z_s, z_t, h, b1, b2 = zero, zero, zero, zero, zero
-    return (point_s, point_t, z_s, z_t, b1, b2, h, tl.sum(z_1, 0), tl.sum(total, 0))
+    excess = tl.sum(excess, 0) if SOFT and EXACT else zero
+    rest = tl.sum(rest, 0) if SOFT else zero
+    return (point_s, point_t, z_s, z_t, b1, b2, h, tl.sum(z_1, 0), tl.sum(total, 0), excess, rest)
 
 
 @triton.jit
-def joined(a, b, k, k_t, SOFT: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+def joined(
+    a,
+    b,
+    k,
+    k_t,
+    SOFT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROOT: tl.constexpr,
+    POWER: tl.constexpr,
+):
     """One part of two."""
     both = (
         tl.join(a[0], b[0]),
@@ -283,8 +345,10 @@ def joined(a, b, k, k_t, SOFT: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.const
         tl.join(a[6], b[6]),
         tl.join(a[7], b[7]),
         tl.join(a[8], b[8]),
+        tl.join(a[9], b[9]),
+        tl.join(a[10], b[10]),
     )
-    return merged(both, centre(both[0], both[1], k, k_t, EXACT, ROOT), k, k_t, SOFT, EXACT, ROOT, POWER)
+    return merged(both, centre(both[0], both[1], k, k_t, EXACT, ROOT), k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER)
 
 
 @triton.jit
@@ -297,10 +361,10 @@ def off_grid(point_s, point_t, k, k_t, EXACT: tl.constexpr, ROOT: tl.constexpr):
 @triton.jit
 def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.constexpr):
     """The soft term; and what stats have of it: both sums, measured from the points, and the log of their ratio."""
-    point_s, point_t, z_s, z_t, b1, b2, h, _, _ = part
+    point_s, point_t, z_s, z_t, b1, b2, h, _, _, excess, rest = part
     zero = point_s * 0.0
     b1 *= LN2
-    x = (b1 + b2) / z_t
+    x = (excess if EXACT else b1 + b2) / z_t
     second = b2 / z_t
     less = log1p_less(x)
     near = tl.abs(x) < 0.5
@@ -317,7 +381,12 @@ def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, EXACT: tl.constexpr, ROOT
     soft = tl.where(near & (second < 0.5), less + second, log_ratio + gap - b1 / z_t)
     soft = tl.where(soft < 0, 0.0, soft)
     if ENTROPY:
-        soft += (tl.log2(z_t) - h / z_t) * LN2
+        # log(z_t) from what z_t has beside the columns at the point, and their number: 0 if it is no column's logit.
+        at_point = tl.exp2(rest_t)
+        number = tl.floor((z_t - rest) / at_point + 0.5)
+        beside = rest / at_point + (number - 1)
+        log_sum = tl.where(tl.abs(beside) < 0.5, beside + log1p_less(beside), tl.log2(1 + beside) * LN2)
+        soft += log_sum - tl.fma(-rest_t, rest, h) / z_t * LN2
     whole = (z_s != 0) & (z_t != 0)  # else a row of -inf
     return tl.where(whole, soft, float("nan")), student_sum, teacher_sum, log_ratio
 
@@ -375,16 +444,7 @@ def gradient_scales(
         ratio = teacher_sum / student_sum * tl.exp2(rest_t - rest_s)
         log_ratio *= LOG2E
         if EXACT:
-            # (s - t) - (point_s - point_t) without rounding where the student is close: if the points are on the grid,
-            # so is what is left of the one of s and t farther from 0. Else delta is 0 at the points, that at least.
-            apart = point_s - point_t
-            if (on_grid(point_s) == point_s) & (on_grid(point_t) == point_t):
-                first_s = tl.where(tl.abs(point_s) >= tl.abs(point_t), apart, 0.0)
-                first_t = first_s - apart
-            elif tl.abs(apart) > 8:
-                first_s, first_t = point_s, point_t
-            else:
-                then = apart
+            first_s, first_t, then = between(point_s, point_t)
         else:
             log_ratio += rest_s - rest_t
     by_1, constant, at_label = 0.0, 0.0, 0.0
