@@ -25,7 +25,7 @@ LIMITS = {
     "forward, tau = 1": (33.5, 2.3),
     "forward, soft term": (32.5, 2.3),
     "forward, hard term": (11, 1.3),
-    "forward, all options": (45.5, 3.3),
+    "forward, all options": (47.5, 3.3),
     "backward, any tau": (19, 3.0),
     "backward, tau = 2": (18, 2.0),
     "backward, tau = 1": (17, 2.0),
