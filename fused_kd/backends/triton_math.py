@@ -251,6 +251,10 @@ def extended(
     if SOFT:
         x_t = teacher_exponent(t, max_t[:, None], k_t, EXACT)
         e_t = tl.exp2(x_t)
+        if ENTROPY:
+            others = tl.where(t == max_t[:, None], 0.0, e_t)
+            h += tl.sum(others * tl.maximum(x_t, -256.0), 1)  # 0 log 0 = 0
+            rest += tl.sum(others, 1)
         if EXACT:
             delta = (((s - to[2][:, None]) - (t - to[4][:, None])) - to[5][:, None]) * k
         else:
@@ -266,10 +270,6 @@ def extended(
         z_s += tl.sum(e_s, 1)
         z_t += tl.sum(e_t, 1)
         b1 += tl.sum(first, 1)
-        if ENTROPY:
-            others = tl.where(t == max_t[:, None], 0.0, e_t)
-            h += tl.sum(others * tl.maximum(x_t, -256.0), 1)  # 0 log 0 = 0
-            rest += tl.sum(others, 1)
     if HARD:
         z_1 += tl.sum(tl.where(columns == label, 0.0, e_1) if EDGE else e_1, 1)
         if SMOOTHED:
