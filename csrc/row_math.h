@@ -96,25 +96,26 @@ FKD_MATH float to_grid(float x) { return std::nearbyint(x * 256) / 256; }
 FKD_MATH float on_grid(float x) { return std::fabs(x) < 32768 ? to_grid(x) : x; }
 
 // The point that a piece of a row is measured from, and how (s - student) - (t - teacher) is taken without rounding
-// where the student is close: as (s - first_s) - (t - first_t) - then. On the grid, what lies between the points goes off
-// exactly, off the one of s and t farther from 0; what is left then are close numbers, whose differences are exact; and
-// `then` is what that makes of the points themselves, so that delta is 0 there.
+// where the student is close. What lies between the points, on a grid, goes off the one of s and t farther from 0: that
+// is exact, and leaves close numbers, whose difference is exact too. `then` is what this makes of the points themselves,
+// so that delta is 0 there.
 struct Centre {
     float student = 0, teacher = 0;
-    float first_s = 0, first_t = 0, then = 0;
+    float apart = 0, then = 0;
 
     FKD_MATH Centre of(float student, float teacher) {
         Centre m;
         m.student = student;
         m.teacher = teacher;
-        const float apart = on_grid(student - teacher);
-        const bool student_farther = std::fabs(student) >= std::fabs(teacher);
-        m.first_s = student_farther ? apart : 0;
-        m.first_t = student_farther ? 0 : -apart;
+        m.apart = on_grid(student - teacher);
         m.then = m.difference(student, teacher);
         return m;
     }
-    FKD_MEMBER float difference(float s, float t) const { return ((s - first_s) - (t - first_t)) - then; }
+    FKD_MEMBER float difference(float s, float t) const {
+        const float positive = apart > 0 ? apart : 0;
+        const float off_s = t > apart * -0.5f ? positive : apart - positive;  // where s = t + apart is farther, or nothing
+        return ((s - off_s) - (t + (apart - off_s))) - then;
+    }
 };
 
 // Of some of a block's columns: the mean of s - t, weighted by e_t; the sum of e_t that the block must have; and the

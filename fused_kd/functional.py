@@ -83,8 +83,8 @@ def fused_kd_loss(
         vocab_mismatch: "error", or "truncate" to the columns that both have.
         inplace: the backward overwrites student_logits with the gradient instead of allocating it.
         return_parts: return a KDLossOutput.
-        backend: "auto", "cpu", "triton" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND, else the
-            first that fits. `fused-kd info` lists them.
+        backend: "auto", "cpu", "triton", "cuda" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND,
+            else the first that fits. `fused-kd info` lists them.
         num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as
             the count of labelled positions over all micro-batches of a step. 0 counts as 1.
         weights: the logits' leading shape, floating, finite and at least 0; 0 is an ignored position.
@@ -149,12 +149,14 @@ def compute(
     if weights is not None:
         weights = weights.flatten().to(dtype)
 
+    taken = float if eager else partial(_in_graph, dtype=dtype, device=student_logits.device)
+    if not (num_items is None or isinstance(num_items, Tensor)):
+        num_items = taken(num_items)
     counted = targets != SKIP
     rate = partial(_rate, weights, num_items, student_logits.shape[0], options.reduction, dtype, readable)
     of_soft = of_hard = rate(counted)
     if soft_on_ignored:
         of_hard = rate(counted & (targets != NO_LABEL))
-    taken = float if eager else partial(_in_graph, dtype=dtype, device=student_logits.device)
     positions = student_logits.shape[:-1] if options.reduction == "none" else None
     loss, soft, hard = rows_loss(
         eager and not (lazy(student_logits) or lazy(teacher_logits) or lazy(targets)),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.functional import KDLossOutput, compute
-from fused_kd.options import Divergence, KDOptions, Reduction, VocabMismatch
+from fused_kd.options import OPTIONS, Divergence, KDOptions, Reduction, VocabMismatch
 
 
 class FusedKDLoss(torch.nn.Module):
@@ -59,11 +59,11 @@ class FusedKDLoss(torch.nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The options by their names: `loss_fn.temperature`."""
-        return getattr(self._options_for(name), name) if hasattr(KDOptions, name) else super().__getattr__(name)
+        return getattr(self._options_for(name), name) if name in OPTIONS else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`loss_fn.temperature = 3.0`: checked as at construction, and what the next call takes."""
-        if hasattr(KDOptions, name):
+        if name in OPTIONS:
             self.options = replace(self._options_for(name), **{name: value})
         else:
             super().__setattr__(name, value)

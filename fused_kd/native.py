@@ -113,8 +113,11 @@ def load(name: str) -> ctypes.CDLL | str:
         return "no build report beside it: it was not installed; install it with pip (in a checkout: pip install -e .)"
     if "missing" in report:
         return report["missing"]
+    path = _FOLDER / report["library"]
+    if path.exists() and _ends_early(path):
+        return f"{report['library']} is only a part of one; reinstall the package"
     try:
-        library = ctypes.CDLL(str(_FOLDER / report["library"]))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{report['library']} does not load ({error}); reinstall the package on this machine"
     try:
@@ -129,6 +132,19 @@ def load(name: str) -> ctypes.CDLL | str:
     except AttributeError as error:  # another library under this name
         return f"{report['library']} is not this package's ({error}); reinstall the package"
     return library
+
+
+def _ends_early(path: Path) -> bool:
+    """Whether an ELF file stops before the end of its table of sections, which comes last: loading a half-written one
+    would kill the process."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little endian
+        return False
+    if len(head) < 64:
+        return True
+    offset, (size, count) = *struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return path.stat().st_size < int(offset) + int(size) * int(count)
 
 
 _STRUCT, _VECTOR, _NUMBER = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64

@@ -32,6 +32,7 @@ def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[A
     rows, symbolic = RowOptions(*options[:_OPTIONS]), [x for x in options[_OPTIONS:] if x is not None]
     student, teacher, targets, *rest = tensors
     for numbers in symbolic:
+        check_dense("symbolic", numbers)
         if numbers.dtype != torch.float64 or numbers.shape != (3,) or numbers.device.type != "cpu":
             got = f"{numbers.dtype} {tuple(numbers.shape)} on {numbers.device}"
             raise ValueError(f"symbolic must be torch.float64 of the shape (3,) on the CPU, got {got}")

@@ -86,6 +86,9 @@ class KDOptions:
         return 1 - taken(self.alpha) if self.hard_weight is None else taken(self.hard_weight)
 
 
+OPTIONS = frozenset(KDOptions.__dataclass_fields__)
+
+
 def _name(value: object) -> str:
     return f"{value!r} of type {type(value).__name__}"
 

@@ -1,6 +1,7 @@
 """The choice of a backend."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -78,6 +79,23 @@ def test_another_library_under_its_name_counts_as_missing(
     libc = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libc.so.6" in line)
     (tmp_path / "_native.json").write_text(json.dumps({"cpu": {"library": libc}}))
     assert "is not this package's" in str(PREFERENCE["cpu"].unavailable())
+    assert choose("auto", logits(), logits()).NAME == "torch"
+
+
+@pytest.mark.skipif("library" not in native.build_report().get("cpu", {}), reason="there is no library to cut")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have other files")
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_a_half_written_library_counts_as_missing(
+    share: float, fresh: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = native.build_report()["cpu"]["library"]
+    whole = (native._FOLDER / name).read_bytes()
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    monkeypatch.delenv(native.CUDA_LIBRARY, raising=False)
+    native.build_report.cache_clear()
+    (tmp_path / "_native.json").write_text(json.dumps({"cpu": {"library": name}}))
+    (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
+    assert re.search("only a part of one|does not load", str(PREFERENCE["cpu"].unavailable()))
     assert choose("auto", logits(), logits()).NAME == "torch"
 
 

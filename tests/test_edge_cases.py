@@ -463,7 +463,7 @@ def test_cross_entropy_where_both_are_sure(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 20.0])
-@pytest.mark.parametrize("offset", [0.0, 9.0, 100.0, -37.3])
+@pytest.mark.parametrize("offset", [0.0, 0.3, -1.0, 3.0, 9.0, 100.0, -37.3])
 @pytest.mark.parametrize("columns", [2, 3, 5, 17, 100])
 def test_a_converged_student_of_few_columns(columns: int, offset: float, temperature: float, backend: str) -> None:
     """s - t is exact in float32's numbers, so its smallest differences are to be seen whatever the offset."""

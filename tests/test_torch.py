@@ -468,7 +468,7 @@ ANNEALED = {
     "alpha": [0.3 + 0.05 * i for i in range(12)],
     "hard_weight": [0.3 + 0.05 * i for i in range(12)],
     "label_smoothing": [0.05 + 0.02 * i for i in range(12)],
-    "num_items": [3 + i for i in range(12)],
+    "num_items": [3.5 + 0.7 * i for i in range(12)],
 }
 
 

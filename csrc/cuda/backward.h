@@ -73,7 +73,7 @@ struct RowGradient {
         const float x_t = std::fma(t, k.t, -max_t), e_t = power(x_t);
         float d = std::fma(x_s - x_t, kLn2f, from);  // log(q / p)
         if (V::fine && !(V::general && tempered))
-            d = std::fma((s - centre.first_s) - (t - centre.first_t) - centre.then, k.natural, -log_ratio);
+            d = std::fma(centre.difference(s, t), k.natural, -log_ratio);
         const float rough = std::fabs(d) < kSmall16 ? e_t * std::fma(d, 0.5f * d, d) : std::fma(ratio, e_s, -e_t);
         const float difference = V::fine ? probability_difference(ratio * e_s, e_t, d) : rough;
         return V::hard == Hard::off ? by_t * difference : std::fma(by_t, difference, y);

@@ -130,12 +130,8 @@ class _Chunk:
         from_s, from_t = self.s - centre_s, self._teacher_from(centre_t)
         difference = from_s - from_t
         if self._one_temperature:
-            # Without rounding where the student is close: on the grid, what lies between the centres goes off exactly,
-            # off the one of s and t farther from 0; what that makes of the centres themselves goes off last.
-            apart, farther = _on_grid(centre_s - centre_t), centre_s.abs() >= centre_t.abs()
-            first_s, first_t = torch.where(farther, apart, 0.0), torch.where(farther, 0.0, -apart)
-            then = (centre_s - first_s) - (centre_t - first_t)
-            difference = ((self.s - first_s) - (self.t - first_t)) - then
+            apart = _on_grid(centre_s - centre_t)
+            difference = _without(apart, self.s, self.t) - _without(apart, centre_s, centre_t)
         if self.columns == 1:
             difference = difference * 0  # both probabilities are 1, whatever the last bit says
         return (from_s * self.scale).exp(), (from_t * self.scale).exp(), difference * self.scale
@@ -242,6 +238,12 @@ class _Chunk:
 def _maximum(logits: Tensor) -> Tensor:
     """[n, 1]; finite for a row of -inf, so that its exponentials are 0 and not NaN."""
     return logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+
+
+def _without(apart: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """s - t - apart, taken off the one of s and t farther from 0: exact, if they are about that far apart."""
+    off_s = torch.where(t > apart * -0.5, apart.clamp(min=0), apart.clamp(max=0))
+    return (s - off_s) - (t + (apart - off_s))
 
 
 def _on_grid(x: Tensor) -> Tensor:

@@ -63,15 +63,19 @@ def on_grid(x):
 
 @triton.jit
 def between(point_s, point_t):
-    """How (s - t) - (point_s - point_t) is taken without rounding where the student is close, as (s - first_s) -
-    (t - first_t) - then: on the grid, what lies between the points goes off exactly, off the one of s and t farther
-    from 0; what that makes of the points themselves goes off last."""
+    """For `difference`: how far the points are apart, on a grid, and what is left of them without that."""
     apart = point_s - point_t
     apart = tl.where(tl.abs(apart) < 16384, on_grid(apart), apart)
-    farther = tl.abs(point_s) >= tl.abs(point_t)
-    first_s = tl.where(farther, apart, 0.0)
-    first_t = tl.where(farther, 0.0, -apart)
-    return first_s, first_t, (point_s - first_s) - (point_t - first_t)
+    return apart, difference(point_s, point_t, apart, 0.0)
+
+
+@triton.jit
+def difference(s, t, apart, then):
+    """(s - t) - (point_s - point_t) without rounding where the student is close: what lies between the points goes off
+    the one of s and t farther from 0. That is exact, and leaves close numbers, whose difference is exact too."""
+    positive = tl.maximum(apart, 0.0)
+    off_s = tl.where(t > apart * -0.5, positive, apart - positive)  # where s = t + apart is farther, or nothing
+    return ((s - off_s) - (t + (apart - off_s))) - then
 
 
 @triton.jit
@@ -159,19 +163,15 @@ def centre(point_s, point_t, k, k_t, EXACT: tl.constexpr, ROOT: tl.constexpr):
     if EXACT:
         lag = apart * k - (ROOT * root - at_t)
         lag = tl.where(tl.abs(lag) < 0.0625, lag, 0.0)  # no column is there, or one too large for a grid
-    first_s, first_t, then = between(point_s, point_t)
-    return root, at_t, first_s, lag, first_t, then
+    apart, then = between(point_s, point_t)
+    return root, at_t, apart, lag, then
 
 
 @triton.jit
 def delta_between(own, to, k, EXACT: tl.constexpr, ROOT: tl.constexpr):
     """What delta grows by from one centre to another."""
     # (What lies on the grid has exact differences; point_s - point_t has none.)
-    if EXACT:
-        d = (((own[2] - own[4]) - (to[2] - to[4])) + (own[5] - to[5])) * k
-    else:
-        d = ROOT * (own[0] - to[0]) - (own[1] - to[1])
-    return d
+    return ((own[2] - to[2]) + (own[4] - to[4])) * k if EXACT else ROOT * (own[0] - to[0]) - (own[1] - to[1])
 
 
 @triton.jit
@@ -255,10 +255,7 @@ def extended(
             others = tl.where(t == max_t[:, None], 0.0, e_t)
             h += tl.sum(others * tl.maximum(x_t, -256.0), 1)  # 0 log 0 = 0
             rest += tl.sum(others, 1)
-        if EXACT:
-            delta = (((s - to[2][:, None]) - (t - to[4][:, None])) - to[5][:, None]) * k
-        else:
-            delta = log2_ratio(x_s, x_t, ROOT)
+        delta = difference(s, t, to[2][:, None], to[4][:, None]) * k if EXACT else log2_ratio(x_s, x_t, ROOT)
         first = tl.where(e_t > 0, e_t * delta, 0.0)  # 0 log 0 = 0; -inf student: -inf
         near = first * (delta * phi_over_square(delta, 3))
         if EXACT:
@@ -437,14 +434,14 @@ def gradient_scales(
 ):
     """Of gradient = by_t (ratio e_s - e_t) + by_1 e_1 + constant; at the label, at_label in the place of by_1 e_1."""
     point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss = stats
-    by_t, ratio, first_s, first_t, then = 0.0, 0.0, 0.0, 0.0, 0.0
+    by_t, ratio, apart, then = 0.0, 0.0, 0.0, 0.0
     if SOFT:
         rest_s, rest_t = off_grid(point_s, point_t, k, k_t, EXACT, ROOT)
         by_t = coef_soft * unit / (teacher_sum * tl.exp2(rest_t))
         ratio = teacher_sum / student_sum * tl.exp2(rest_t - rest_s)
         log_ratio *= LOG2E
         if EXACT:
-            first_s, first_t, then = between(point_s, point_t)
+            apart, then = between(point_s, point_t)
         else:
             log_ratio += rest_s - rest_t
     by_1, constant, at_label = 0.0, 0.0, 0.0
@@ -456,7 +453,7 @@ def gradient_scales(
             if SMOOTHED:
                 constant = -coef_hard * smoothing / vocabulary
                 at_label += coef_hard * smoothing + constant
-    return point_s, point_t, first_s, first_t, then, by_t, ratio, log_ratio, by_1, constant, at_label
+    return point_s, point_t, apart, then, by_t, ratio, log_ratio, by_1, constant, at_label
 
 
 @triton.jit
@@ -478,7 +475,7 @@ def gradient(
     EDGE: tl.constexpr,
 ):
     """FINE: for a gradient in float32."""
-    point_s, point_t, first_s, first_t, then, by_t, ratio, log_ratio, by_1, constant, at_label = scales
+    point_s, point_t, apart, then, by_t, ratio, log_ratio, by_1, constant, at_label = scales
     x_s = student_exponent(s, point_s, k, EXACT, ROOT)
     e_s, e_1 = student_exponentials(x_s, s, point_s, k, EXACT, ROOT, POWER)
     g = tl.zeros_like(s)
@@ -490,7 +487,7 @@ def gradient(
         x_t = teacher_exponent(t, point_t, k_t, EXACT)
         e_t = tl.exp2(x_t)
         # Where log2(q / p) is small, the difference of p and q has lost its digits.
-        exact = (s - first_s) - (t - first_t) - then
+        exact = difference(s, t, apart, then)
         if FINE:
             d = tl.fma(exact, k, -log_ratio) if EXACT else log2_ratio(x_s, x_t, ROOT) - log_ratio
             near = (e_t * d) * tl.fma(d, phi_over_square(d, 4), LN2)
