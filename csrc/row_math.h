@@ -159,12 +159,14 @@ struct Pair {
     float x_t;  // e_t = 2^x_t
 };
 
+// `fine` logits are float32: those of 16 bits are never so close that what s - t is rounded by would show.
+template <bool fine = true>
 FKD_MATH Pair exponentials(float s, float t, const Centre& m, const Scales& k) {
     Pair r;
     r.x_t = (t - m.teacher) * k.log2;
     r.e_s = exp2_of((s - m.student) * k.log2);
     r.e_t = exp2_of(r.x_t);
-    r.delta = m.difference(s, t) * k.unit;
+    r.delta = (fine ? m.difference(s, t) : (s - t) - (m.student - m.teacher)) * k.unit;
     return r;
 }
 

@@ -187,7 +187,7 @@ FKD_CLONES void gradient_of(const typename Dtype::Bits* s, const typename Teache
         FKD_SIMD
         for (int l = 0; l < lanes; ++l) {
             const float logit = Dtype::widened(x[l]);
-            const Pair pair = exponentials(logit, Teacher::widened(w[l]), r.centre, k);
+            const Pair pair = exponentials<sizeof(*w) == 4>(logit, Teacher::widened(w[l]), r.centre, k);
             const float difference = probability_difference(ratio * pair.e_s, pair.e_t, pair.delta - r.log_ratio);
             float y = r.constant;
             if (hard != Hard::off) y += r.hard * hard_exponential<hard>(pair.e_s, logit, r.centre.student);

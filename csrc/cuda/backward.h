@@ -27,29 +27,35 @@ struct RowGradient {
         centre = Centre::of(student, V::soft && !tempered ? teacher : 0.0f);
         teacher_from = teacher;
         teacher_factor = w.teacher_factor;
-        max_s = student * k.s;
+        // Far above the student's point exponents have few digits left behind theirs: there they are taken from log2(Z_s),
+        // and what that makes of the factors below from double.
+        const bool above = V::soft && stats[FKD_STUDENT_SUM] > 1 << 24;
+        max_s = student * k.s + (above ? to_grid(std::log2(stats[FKD_STUDENT_SUM])) : 0.0f);
         max_t = V::soft ? teacher * k.t : 0.0f;
         careful = !(std::fabs(max_s) < kLargest && std::fabs(max_t) < kLargest);
         hard_point = k.hard_point(max_s);
         soft = by_t = ratio = from = log_ratio = per_z_s = per_z_t = 0;
         // What the products leave over of the points in stats.
-        const float rest_s = std::fma(student, k.s, -max_s), rest_t = std::fma(teacher, k.t, -max_t);
+        const double exact_s = static_cast<double>(student) * k.s - max_s;
+        const float rest_s = static_cast<float>(exact_s), rest_t = std::fma(teacher, k.t, -max_t);
         if (V::soft) {
             soft = w.grad_soft[row] * scales.unit;
             per_z_s = 1 / stats[FKD_STUDENT_SUM];
             per_z_t = 1 / stats[FKD_TEACHER_SUM];
             log_ratio = stats[FKD_LOG_RATIO];
             by_t = soft * per_z_t / power(rest_t);
-            ratio = per_z_s * stats[FKD_TEACHER_SUM] * power(rest_t - rest_s);
+            ratio = per_z_s * stats[FKD_TEACHER_SUM] *
+                    (above ? static_cast<float>(std::exp2(rest_t - exact_s)) : power(rest_t - rest_s));
             from = std::fma(rest_t - rest_s, kLn2f, -log_ratio);
         }
         hard = by_1 = at_label = constant = 0;
         labelled = V::hard != Hard::off && w.use_hard && target >= 0;
         if (labelled) {
             hard = w.grad_hard[row] / stats[FKD_HARD_SUM];
-            by_1 = hard / power(V::hard == Hard::square ? 2 * rest_s
-                                : V::hard == Hard::same ? rest_s
-                                                        : std::fma(student, static_cast<float>(kLog2E), -hard_point));
+            const double rest_1 = V::hard == Hard::square ? 2 * exact_s
+                                  : V::hard == Hard::same ? exact_s
+                                                          : static_cast<double>(student) * static_cast<float>(kLog2E) - hard_point;
+            by_1 = above ? static_cast<float>(hard * std::exp2(-rest_1)) : hard / power(static_cast<float>(rest_1));
             constant = -w.grad_hard[row] * w.smoothing / static_cast<float>(w.columns);
             at_label = w.grad_hard[row] * (w.smoothing - stats[FKD_MISS]) + constant;
         }
