@@ -226,8 +226,10 @@ FKD_MATH Apart<float> apart_by(float r_s, float r_t, float d) {
 
 // Moves a piece to another centre, on which e_s, e_t and exp(s) become 2^down_s, 2^down_t and 2^down_1 of themselves.
 // delta grows by d, their logarithms' difference; every product below is bounded however far apart the two scales are.
+// Not `last`: a lane's, which is one of many and will be moved again.
 template <class Real>
-FKD_MATH Partial<Real> moved_by(const Partial<Real>& a, Real down_s, Real down_t, Real down_1, Real d) {
+FKD_MATH Partial<Real> moved_by(const Partial<Real>& a, Real down_s, Real down_t, Real down_1, Real d,
+                                bool last = true) {
     const Real r_s = power_of_2(down_s), r_t = power_of_2(down_t);
     const Apart<Real> apart = apart_by(r_s, r_t, d);
     Partial<Real> r;
@@ -239,6 +241,10 @@ FKD_MATH Partial<Real> moved_by(const Partial<Real>& a, Real down_s, Real down_t
         r.excess = apart.excess * a.z_t + r_s * a.excess;
         r.h = r_t * (a.h + down_t * a.z_t);
         r.rest = down_t == 0 ? a.rest : r_t * a.z_t;
+        if (last && a.b2 > a.z_s) {  // far from the teacher those terms cancel; what they leave is in Z_s and Z_t
+            r.excess = r.z_s - r.z_t;
+            r.b2 = r.excess - r.b1;
+        }
     } else {
         r.b2 = r.excess = r.z_s;  // no teacher left here: phi has become exp
     }

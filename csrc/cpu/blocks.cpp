@@ -1,6 +1,7 @@
 // Plain loops, vectorised by the compiler, once per instruction set (target_clones picks at load time).
 #include "blocks.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #if defined(__SSE__)
@@ -58,7 +59,8 @@ const typename Dtype::Bits* elements(const void* data, Dtype) {
 // A block's sums are kept in this many lanes, whatever the width of the machine's vectors: so their order, and with it
 // a row's bits, depends on neither that nor the alignment of the data.
 constexpr int kLanes = 16;
-// They are emptied after this many columns: else a lane that holds all of p would round away what follows it there.
+// Where the teacher is sure, so many columns are summed by themselves: else the lane that holds all of p would round away
+// what follows it there.
 constexpr int kRun = 512;
 // So many columns before they are read, memory is asked for the logits of a gradient.
 constexpr int kAhead = 512;
@@ -76,15 +78,6 @@ FKD_MATH T joined(const T* x, const Join& join) {
     }
 }
 FKD_MATH float total(const float* lanes) { return joined<kLanes>(lanes, [](float a, float b) { return a + b; }); }
-
-// Adds the lanes to others, and empties them.
-FKD_MATH void move_to(float* to, float* lanes) {
-    FKD_SIMD
-    for (int l = 0; l < kLanes; ++l) {
-        to[l] += lanes[l];
-        lanes[l] = 0;
-    }
-}
 
 // Asks memory for the next block's kLanes columns from j: a little at a time, so that it comes during the arithmetic.
 template <int streams>
@@ -114,10 +107,9 @@ struct Tail {
     }
 };
 
-// With `close`, what B2 has of each column is summed; without, it is what the other sums leave, and delta only has to be
-// as exact as they are.
-template <Hard hard, bool close, bool keep>
-FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict t, int n, Centre m, Scales k,
+// The columns from j to `end`.
+template <Hard hard, Distance distance, bool keep>
+FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict t, int j, int end, Centre m, Scales k,
                              float* __restrict excess, float* __restrict e_t, float* __restrict e_1, Ahead ahead) {
     float z_s[kLanes] = {}, z_t[kLanes] = {}, b1[kLanes] = {}, b2[kLanes] = {}, apart[kLanes] = {}, z_1[kLanes] = {};
     const auto step = [&](const float* __restrict x, const float* __restrict w, int j) FKD_INLINED {
@@ -128,17 +120,18 @@ FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict 
             z_s[l] += pair.e_s;
             z_t[l] += pair.e_t;
             const bool counts = pair.x_t >= kFlush;
+            const float rounded = (x[l] - m.student) - (w[l] - m.teacher);
             float difference;
-            if (close) {
-                const Share part = share(pair.e_s - pair.e_t, pair.e_t, pair.delta, counts);
+            if (distance == Distance::far) {
+                b1[l] += counts ? pair.e_t * rounded : 0.0f;
+                difference = keep ? probability_difference(pair.e_s, pair.e_t, pair.delta) : 0.0f;
+            } else {
+                const float delta = distance == Distance::near ? rounded * k.unit : pair.delta;
+                const Share part = share(pair.e_s - pair.e_t, pair.e_t, delta, counts);
                 b1[l] += part.b1;
                 b2[l] += part.b2;
                 apart[l] += part.excess;
                 difference = part.excess;
-            } else {
-                const float delta = (x[l] - m.student) - (w[l] - m.teacher);
-                b1[l] += counts ? pair.e_t * delta : 0.0f;
-                difference = keep ? probability_difference(pair.e_s, pair.e_t, pair.delta) : 0.0f;
             }
             if (hard != Hard::off) {
                 const float e = hard_exponential<hard>(pair.e_s, x[l], m.student);
@@ -151,26 +144,9 @@ FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict 
             }
         }
     };
-    float runs[6][kLanes] = {};
-    int j = 0;
-    while (close && n - j > kRun) {
-        for (const int end = j + kRun; j < end; j += kLanes) step(s + j, t + j, j);
-        float* run[] = {z_s, z_t, b1, b2, apart, z_1};
-        for (int i = 0; i < 6; ++i) move_to(runs[i], run[i]);
-    }
-    for (; j + kLanes <= n; j += kLanes) step(s + j, t + j, j);
-    if (j < n) step(Tail<Float32, kLanes>::of(s + j, n - j).x, Tail<Float32, kLanes>::of(t + j, n - j).x, j);
-    if (close) {
-        float* run[] = {z_s, z_t, b1, b2, apart, z_1};
-        for (int i = 0; i < 6; ++i) move_to(run[i], runs[i]);
-    }
-    BlockSums sums = {total(z_s), total(z_t), total(b1), total(b2), total(apart), total(z_1)};
-    if (!close) {
-        sums.b1 *= k.unit;
-        sums.excess = sums.z_s - sums.z_t;
-        sums.b2 = sums.excess - sums.b1;
-    }
-    return sums;
+    for (; j + kLanes <= end; j += kLanes) step(s + j, t + j, j);
+    if (j < end) step(Tail<Float32, kLanes>::of(s + j, end - j).x, Tail<Float32, kLanes>::of(t + j, end - j).x, j);
+    return {total(z_s), total(z_t), total(b1), total(b2), total(apart), total(z_1)};
 }
 
 template <Hard hard, class Dtype, class Teacher, bool past_caches>
@@ -269,18 +245,33 @@ FKD_CLONES void widen_all(const typename Dtype::Bits* __restrict x, int n, float
 
 }  // namespace
 
-BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, bool far,
-                     const Kept* kept, const Ahead& ahead) {
+BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, Distance guess,
+                     bool sure, const Kept* kept, const Ahead& ahead) {
+    const int run = sure ? kRun : kBlock;
     return with_hard(hard, [&](auto h) {
-        const auto sums = [&](auto close) {
-            return kept ? sums_of<h.value, close.value, true>(s, t, n, m, k, kept->excess, kept->e_t, kept->e_1, ahead)
-                        : sums_of<h.value, close.value, false>(s, t, n, m, k, nullptr, nullptr, nullptr, ahead);
+        const auto sums = [&](auto d) {
+            const auto part = [&](int j, int end) {
+                return kept ? sums_of<h.value, d.value, true>(s, t, j, end, m, k, kept->excess, kept->e_t, kept->e_1, ahead)
+                            : sums_of<h.value, d.value, false>(s, t, j, end, m, k, nullptr, nullptr, nullptr, ahead);
+            };
+            BlockSums all = {};
+            for (int j = 0; j < n; j += run) all += part(j, std::min(j + run, n));
+            if (d.value == Distance::far) {
+                all.b1 *= k.unit;
+                all.excess = all.z_s - all.z_t;
+                all.b2 = all.excess - all.b1;
+            }
+            return all;
         };
-        if (far) {
-            const BlockSums a = sums(std::false_type());
+        if (guess == Distance::far) {
+            const BlockSums a = sums(std::integral_constant<Distance, Distance::far>());
             if (a.b2 >= kFar * a.z_t) return a;
         }
-        return sums(std::true_type());
+        if (guess != Distance::close) {
+            const BlockSums a = sums(std::integral_constant<Distance, Distance::near>());
+            if (a.b2 >= kNear * a.z_t) return a;
+        }
+        return sums(std::integral_constant<Distance, Distance::close>());
     });
 }
 

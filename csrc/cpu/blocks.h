@@ -14,12 +14,25 @@ struct Ahead {
     int size[kStreams];
 };
 
-// Where B2 is at least this share of Z_t, float32 has enough of it in Z_s - Z_t - B1.
-constexpr float kFar = 0.25f;
+// How far the student is. Far, float32 has enough of B2 in Z_s - Z_t - B1; near, what it rounds s - max and t - max by
+// does not show in their difference; close, it does.
+enum class Distance { far, near, close };
+
+// They begin where B2 is this share of Z_t.
+constexpr float kFar = 0.25f, kNear = 1.0f / 64;
 
 // Sums over one block, measured from its centre.
 struct BlockSums {
     float z_s, z_t, b1, b2, excess, z_1;
+
+    void operator+=(const BlockSums& other) {
+        z_s += other.z_s;
+        z_t += other.z_t;
+        b1 += other.b1;
+        b2 += other.b2;
+        excess += other.excess;
+        z_1 += other.z_1;
+    }
 };
 
 // For the teacher's entropy: as in Partial.
@@ -65,9 +78,9 @@ Sample block_sample(const float* s, const float* t, int n, float teacher_max, Sc
 void block_scale(const float* x, int n, float from, float factor, float* out);  // (x - from) * factor
 EntropySums block_entropy_sums(const float* t, int n, float teacher_max, const Scales& k);
 float block_hard_sum(const float* s, int n, float student_max, float* e_1);  // e_1 may be null
-// `far`: whether the block is likely to be; kept may be null.
-BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, bool far,
-                     const Kept* kept, const Ahead& ahead);
+// `guess`: how far it is likely to be, or less; `sure`: whether one column may have nearly all of p; kept may be null.
+BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, Distance guess,
+                     bool sure, const Kept* kept, const Ahead& ahead);
 // t has the dtype of s or is float32, and g the dtype of s.
 void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r, const Scales& k, Output g);
 void block_hard_gradient(const float* s, int n, const GradientScales& r, Output g);

@@ -244,13 +244,19 @@ class Verb {
             const float top = scaled() ? 0 : max_t;
             const Sample sample = block_sample(s, t, at.n, top, scales_);
             centre = centre_of(max_s, top, sample, scales_);
-            const bool far = sample.variance * scales_.unit * scales_.unit > 4 * kFar;
+            const float variance = sample.variance * scales_.unit * scales_.unit;
+            const Distance guess = variance > 4 * kFar    ? Distance::far
+                                   : variance > 4 * kNear ? Distance::near
+                                                          : Distance::close;
             const Ahead next = ahead(row, b, before, gradient, keep ? w.kept.data() : nullptr);
-            BlockSums sums = block_sums(hard_, s, t, at.n, centre, scales_, far, keep ? &kept : nullptr, next);
+            const auto sums_from = [&](const Centre& m, Distance likely, bool sure) {
+                return block_sums(hard_, s, t, at.n, m, scales_, likely, sure, keep ? &kept : nullptr, next);
+            };
+            BlockSums sums = sums_from(centre, guess, !sample.spread());
             // A column with nearly all of p was taken for one of many. What the others have is all there is to see then.
-            if ((sample.spread() || far) && sums.z_t <= kSure) {
+            if ((sample.spread() || guess == Distance::far) && sums.z_t <= kSure) {
                 centre = Centre::of(max_s, top);
-                sums = block_sums(hard_, s, t, at.n, centre, scales_, false, keep ? &kept : nullptr, next);
+                sums = sums_from(centre, Distance::close, true);
             }
             piece.max_t = scaled() ? static_cast<double>(max_t) * teacher_factor_ : centre.teacher;
             piece.z_s = sums.z_s;

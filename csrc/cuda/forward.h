@@ -40,7 +40,7 @@ struct Lanes {
     }
 
     // From now on the sums are measured from this column.
-    FKD_GPU_MEMBER void measure_from(float s, float t) {
+    FKD_GPU_MEMBER void measure_from(float s, float t, bool last = false) {
         const float max_t = V::soft ? to_grid(t * k.t) : 0.0f;
         const float max_s = V::soft ? max_t + to_grid(s * k.s - t * k.t) : to_grid(s * k.s);
         const float point = k.hard_point(max_s);
@@ -61,7 +61,8 @@ struct Lanes {
         centre = Centre::of(s, t);
         const float d = exact ? centre.difference(first_s, first_t) * k.natural : apart - from;
         const float down_t = sums.max_t - max_t;
-        sums = moved_by(sums, std::fma(d, static_cast<float>(kLog2E), down_t), down_t, hard_point - point, d);
+        sums = moved_by(sums, std::fma(d, static_cast<float>(kLog2E), down_t), down_t, hard_point - point, d,
+                        last);
         sums.max_s = max_s;
         sums.max_t = max_t;
         first_s = s;
@@ -118,7 +119,7 @@ struct Lanes {
             s = take ? other_s : s;
             t = take ? other_t : t;
         }
-        measure_from(s, t);
+        measure_from(s, t, true);
         // From the grid to the column.
         const float rest_s = std::fma(s, k.s, -sums.max_s), rest_t = V::soft ? std::fma(t, k.t, -sums.max_t) : 0.0f;
         const float d = V::soft ? -delta(s, t, rest_s, rest_t) : 0.0f;

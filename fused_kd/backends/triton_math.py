@@ -184,9 +184,12 @@ def unlagged(lag):
 @triton.jit
 def moved(
     part, own, point_s, point_t, to, k, k_t, SOFT: tl.constexpr, ENTROPY: tl.constexpr, EXACT: tl.constexpr,
-    ROOT: tl.constexpr, POWER: tl.constexpr,
+    ROOT: tl.constexpr, POWER: tl.constexpr, LAST: tl.constexpr = True,
 ):  # fmt: skip
-    """The part, from its `own` centre to another: none so far below its own that an exponential overflows."""
+    """The part, from its `own` centre to another: none so far below its own that an exponential overflows.
+
+    Not LAST: of a lane, which is one of many and will be moved again.
+    """
     own_s, own_t, z_s, z_t, b1, b2, h, z_1, total, excess, rest = part
     down_root = own[0] - to[0]
     down_1 = POWER * down_root if POWER else reference(own_s, LOG2E, EXACT) - reference(point_s, LOG2E, EXACT)
@@ -201,6 +204,7 @@ def moved(
         near = tl.abs(d) < SMALL
         growth = tl.where(near, tl.fma(by_t * d, LN2, bend), by_s - by_t)  # by_t (2^d - 1)
         bend = tl.where(near, bend, tl.fma(by_t * d, -LN2, growth))  # by_t phi(d)
+        far = b2 > z_s
         b2 = tl.fma(bend, z_t, tl.fma(growth, b1 * LN2, by_s * b2))
         if EXACT:
             excess = tl.fma(growth, z_t, by_s * excess)
@@ -213,6 +217,10 @@ def moved(
             rest = tl.where(here, rest, by_t * z_t)
         z_s *= by_s
         z_t *= by_t
+        if LAST:
+            # Far from the teacher those terms cancel; what they leave is in z_s and z_t.
+            b2 = tl.where(far, (z_s - z_t) - b1 * LN2, b2)
+            excess = tl.where(far, z_s - z_t, excess)
     return z_s, z_t, b1, b2, h, z_1, total, excess, rest
 
 
@@ -244,7 +252,7 @@ def extended(
     max_t = tl.maximum(part[1], tl.max(t, 1)) if SOFT else part[1]
     to = centre(max_s, max_t, k, k_t, EXACT, ROOT)
     z_s, z_t, b1, b2, h, z_1, total, excess, rest = moved(
-        part, own, max_s, max_t, to, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER
+        part, own, max_s, max_t, to, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER, False
     )
     x_s = student_exponent(s, max_s[:, None], k, EXACT, ROOT)
     e_s, e_1 = student_exponentials(x_s, s, max_s[:, None], k, EXACT, ROOT, POWER)
