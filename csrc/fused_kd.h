@@ -10,7 +10,7 @@
 #endif
 
 // Raised whenever a signature or a struct below changes; the Python side refuses any other number.
-#define FKD_ABI_VERSION 2
+#define FKD_ABI_VERSION 3
 
 enum FkdDtype { FKD_FLOAT32 = 0, FKD_BFLOAT16 = 1, FKD_FLOAT16 = 2 };
 enum FkdDivergence { FKD_FORWARD_KL = 0, FKD_CROSS_ENTROPY = 1 };
@@ -27,6 +27,7 @@ enum FkdStat {
     FKD_LOG_RATIO,     // log(student_sum / teacher_sum), with its small values intact
     FKD_HARD_SUM,      // sum of exp(s - student_max)
     FKD_MISS,          // 1 - softmax(s)[label], with its small values intact
+    FKD_GROWTH, FKD_TOP,  // of other divergences: fused_kd/families.py
     FKD_STATS
 };
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fused_kd.options import KDOptions, number
+from fused_kd.options import KDOptions
+from fused_kd.real_numbers import number
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -13,7 +13,8 @@ from fused_kd.autograd import rows_loss
 from fused_kd.backends import choose
 from fused_kd.backends.rows import NO_LABEL, OUT_OF_RANGE, SKIP, RowOptions, row_dtype
 from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights, lazy, plain
-from fused_kd.options import Divergence, KDOptions, Reduction, VocabMismatch
+from fused_kd.divergences import Divergence, DivergenceName, divergence_of
+from fused_kd.options import KDOptions, Reduction, VocabMismatch
 
 
 class KDLossOutput(NamedTuple):
@@ -38,7 +39,7 @@ def fused_kd_loss(
     hard_weight: float | None = KDOptions.hard_weight,
     teacher_temperature: float | None = KDOptions.teacher_temperature,
     t2_scaling: bool = KDOptions.t2_scaling,
-    divergence: Divergence = KDOptions.divergence,
+    divergence: DivergenceName | Divergence = KDOptions.divergence,
     reduction: Reduction = KDOptions.reduction,
     ignore_index: int = KDOptions.ignore_index,
     soft_on_ignored: bool = KDOptions.soft_on_ignored,
@@ -71,8 +72,9 @@ def fused_kd_loss(
         hard_weight: weight of the hard term; None: 1 - alpha. The paper's L = KD + w CE is alpha=1, hard_weight=w.
         teacher_temperature: the teacher's own tau; None: temperature.
         t2_scaling: multiply the soft term by temperature**2, which keeps its gradient's size when tau changes.
-        divergence: "forward_kl", KL(p || q), or "cross_entropy", -sum p log q: the same gradient, and the teacher's
-            entropy added to the value.
+        divergence: an object of `fused_kd.divergences`, or the name of one with its defaults: "forward_kl",
+            "cross_entropy", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation" or
+            "logit_mse", which stands in place of KL(p || q) above.
         reduction: "mean": each term over its own rows, weighted by `weights`. "sum". "batchmean": the sum divided by
             student_logits.shape[0]. "none": one loss a position, in the leading shape, 0 where nothing counts.
         ignore_index: a position with this label has no term.
@@ -137,8 +139,11 @@ def compute(
         check_inplace(student_logits, teacher_logits)
 
     # Chosen once, for both directions; an operator chooses when it runs.
-    backend = choose(options.backend, student_logits, teacher_logits).NAME if eager else options.backend
-    rows, symbolic = _row_options(options, backend, eager)
+    divergence = divergence_of(options.divergence)
+    backend = options.backend
+    if eager:
+        backend = choose(backend, student_logits, teacher_logits, divergence.name).NAME
+    rows, symbolic = _row_options(options, divergence, backend, eager)
     soft_on_ignored = options.soft_on_ignored and rows.soft
     targets = _targets(student_logits, labels, weights, options.ignore_index, NO_LABEL if soft_on_ignored else SKIP)
     if options.shift:
@@ -181,22 +186,26 @@ def compute(
     )
 
 
-def _row_options(options: KDOptions, backend: str, eager: bool) -> tuple[RowOptions, Tensor | None]:
+def _row_options(
+    options: KDOptions, divergence: Divergence, backend: str, eager: bool
+) -> tuple[RowOptions, Tensor | None]:
     """What the operators take; their numbers as a tensor where one of them is symbolic (`ops.py`)."""
-    numbers = (options.temperature, options.teacher_temperature or options.temperature, options.label_smoothing)
+    temperatures = (options.temperature, options.teacher_temperature or options.temperature)
+    numbers = (*temperatures, options.label_smoothing, *divergence.parameters)
     symbolic = None
     if not (eager or all(map(_known, numbers))):
         symbolic = torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * x for x in numbers])
-        numbers = (1.0, 1.0, 0.0)
-    temperature, teacher_temperature, label_smoothing = map(float, numbers)
+        numbers = (1.0, 1.0, 0.0, *(0.5 for _ in divergence.parameters))
+    temperature, teacher_temperature, label_smoothing, *parameters = map(float, numbers)
     rows = RowOptions(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
-        divergence=options.divergence,
+        divergence=divergence.name,
         label_smoothing=label_smoothing,
         soft=_positive(options.alpha),
         hard=_positive(options.weight_of_hard()),
         backend=backend,
+        parameters=tuple(parameters),
     )
     return rows, symbolic
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_kd.divergences import Divergence, DivergenceName
 from fused_kd.functional import KDLossOutput, compute
-from fused_kd.options import OPTIONS, Divergence, KDOptions, Reduction, VocabMismatch
+from fused_kd.options import OPTIONS, KDOptions, Reduction, VocabMismatch
 
 
 class FusedKDLoss(torch.nn.Module):
@@ -27,7 +28,7 @@ class FusedKDLoss(torch.nn.Module):
         hard_weight: float | None = KDOptions.hard_weight,
         teacher_temperature: float | None = KDOptions.teacher_temperature,
         t2_scaling: bool = KDOptions.t2_scaling,
-        divergence: Divergence = KDOptions.divergence,
+        divergence: DivergenceName | Divergence = KDOptions.divergence,
         reduction: Reduction = KDOptions.reduction,
         ignore_index: int = KDOptions.ignore_index,
         soft_on_ignored: bool = KDOptions.soft_on_ignored,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends.rows import RowOptions
+from fused_kd.backends.rows import RowOptions, lacks
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward_kl": 0, "cross_entropy": 1}
 DONE, OUT_OF_MEMORY = -1, -2
@@ -70,14 +70,14 @@ def loss_of(options: RowOptions) -> bytes:
     )
 
 
-def refuses(student: Tensor, teacher: Tensor) -> str | None:
-    """Why no native library can take these tensors."""
+def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
+    """Why no native library can take these tensors, or this divergence."""
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if logits.dtype not in DTYPES:
             return f"it takes float32, bfloat16 and float16, and {name} is {logits.dtype}; the torch backend takes it"
         if logits.dim() > _MAX_DIMS + 1 and len(leading_layout(logits)) > _MAX_DIMS:
             return f"{name} has more than {_MAX_DIMS} separately strided dimensions; the torch backend takes it"
-    return None
+    return lacks(divergence)
 
 
 Arguments = tuple[list[Any], list[Tensor]]  # as ctypes takes them; and what has to live until the call returns

@@ -14,10 +14,11 @@ from torch import SymBool, Tensor
 from fused_kd.backends import check_name
 from fused_kd.backends.rows import STATS, RowOptions, row_dtype
 from fused_kd.checks import check_columns, check_dense, lazy
-from fused_kd.options import check_choice, check_smoothing, check_temperature
+from fused_kd.divergences import with_parameters
+from fused_kd.options import check_smoothing, check_temperature
 
 # What an operator's `symbolic` replaces, in its order.
-SYMBOLIC = ("temperature", "teacher_temperature", "label_smoothing")
+SYMBOLIC = ("temperature", "teacher_temperature", "label_smoothing")  # and the parameters
 _OPTIONS = len(RowOptions._fields)
 
 
@@ -30,14 +31,17 @@ def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[A
     """
     tensors, options = arguments[: len(names)], arguments[len(names) :]
     rows, symbolic = RowOptions(*options[:_OPTIONS]), [x for x in options[_OPTIONS:] if x is not None]
+    rows = rows._replace(parameters=tuple(rows.parameters))
     student, teacher, targets, *rest = tensors
     for numbers in symbolic:
         check_dense("symbolic", numbers)
-        if numbers.dtype != torch.float64 or numbers.shape != (3,) or numbers.device.type != "cpu":
+        shape = (len(SYMBOLIC) + len(rows.parameters),)
+        if numbers.dtype != torch.float64 or numbers.shape != shape or numbers.device.type != "cpu":
             got = f"{numbers.dtype} {tuple(numbers.shape)} on {numbers.device}"
-            raise ValueError(f"symbolic must be torch.float64 of the shape (3,) on the CPU, got {got}")
+            raise ValueError(f"symbolic must be torch.float64 of the shape {shape} on the CPU, got {got}")
         if read:
-            rows = rows._replace(**dict(zip(SYMBOLIC, numbers.tolist(), strict=True)))
+            values = numbers.tolist()
+            rows = rows._replace(**dict(zip(SYMBOLIC, values, strict=False)), parameters=tuple(values[len(SYMBOLIC) :]))
     _check_options(rows)
     for name, logits in zip(names, (student, teacher), strict=False):
         check_columns(name, logits)
@@ -90,7 +94,7 @@ def _require(condition: bool | SymBool, message: Callable[[], str]) -> None:
 def _check_options(options: RowOptions) -> None:
     check_temperature("temperature", options.temperature)
     check_temperature("teacher_temperature", options.teacher_temperature)
-    check_choice("divergence", options.divergence)
+    with_parameters(options.divergence, options.parameters)
     check_smoothing(options.label_smoothing)
     check_name(options.backend)
 

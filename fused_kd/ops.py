@@ -4,8 +4,9 @@ The backend is chosen when an operator runs. Vectors with one number a row are f
 logits is. What a fake kernel allocates is what the real one does. Both check their operands (`fused_kd.operands`).
 
 The options are those of RowOptions, and after them `symbolic`: None, or what replaces the numbers among them, a tensor
-[temperature, teacher_temperature, label_smoothing], float64 on the CPU. torch.compile keeps a number that changes from
-call to call symbolic in a tensor; as an argument it would be a constant, and each of its values compiled anew.
+[temperature, teacher_temperature, label_smoothing, *parameters], float64 on the CPU. torch.compile keeps a number that
+changes from call to call symbolic in a tensor; as an argument it would be a constant, and each of its values compiled
+anew.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,9 @@ from fused_kd.operands import checked, register_odd_operands
 
 def forward(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N], and stats[N, STATS]: what the gradient needs of each row."""
-    return backends.choose(options.backend, student, teacher).rows_forward(student, teacher, targets, options)
+    return backends.choose(options.backend, student, teacher, options.divergence).rows_forward(
+        student, teacher, targets, options
+    )
 
 
 def backward(student: Tensor, *rest: Any) -> Tensor:
@@ -40,7 +43,7 @@ def backward_(student: Tensor, *rest: Any) -> None:
 
 
 def _backward(out: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> None:
-    backend: Any = backends.choose(rest[-1].backend, student, teacher)
+    backend: Any = backends.choose(rest[-1].backend, student, teacher, rest[-1].divergence)
     backend.rows_backward(student, teacher, *rest, out)
 
 
@@ -49,7 +52,7 @@ def fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N] and the gradient of sum(coef_soft * soft + coef_hard * hard), in one visit of each row."""
     out = empty_gradient(student)
-    backend = backends.choose(options.backend, student, teacher)
+    backend = backends.choose(options.backend, student, teacher, options.divergence)
     soft, hard = backend.rows_fused(student, teacher, targets, coef_soft, coef_hard, options, out)
     return soft, hard, out
 
@@ -72,13 +75,17 @@ def _fake_fused(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -
     return _empty_rows(*rows), _empty_rows(*rows), student.new_empty(student.shape)
 
 
+_SCHEMA = {float: "float", str: "str", bool: "bool", tuple[float, ...]: "float[]"}
+
+
 def _operator(
     name: str, real: Callable[..., Any], fake: Callable[..., Any], signature: str, mutates: Sequence[str] = ()
 ) -> Any:
     """Registers `real` as fused_kd::name. `signature` leaves out the options, which are those of RowOptions and reach
     `real` and `fake` as one."""
     arguments, result = signature.split(" -> ")
-    options = ", ".join(f"{kind.__name__} {option}" for option, kind in RowOptions.__annotations__.items())
+    options = ", ".join(f"{_SCHEMA[kind]} {option}" for option, kind in RowOptions.__annotations__.items())
+    options += "=[]"  # the parameters
     names = [argument.split()[-1] for argument in arguments.split(", ")]
 
     def registered(kernel: Callable[..., Any], read: bool) -> Callable[..., Any]:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Divergence = Literal["forward_kl", "cross_entropy"]
+from fused_kd.divergences import Divergence, DivergenceName, divergence_of
+from fused_kd.real_numbers import described, number
+
 Reduction = Literal["mean", "sum", "none", "batchmean"]
 VocabMismatch = Literal["error", "truncate"]
 
 _CHOICES = {
-    "divergence": get_args(Divergence),
     "reduction": get_args(Reduction),
     "vocab_mismatch": get_args(VocabMismatch),
 }
@@ -30,7 +31,7 @@ class KDOptions:
     hard_weight: float | None = None
     teacher_temperature: float | None = None
     t2_scaling: bool = True
-    divergence: Divergence = "forward_kl"
+    divergence: DivergenceName | Divergence = "forward_kl"
     reduction: Reduction = "mean"
     ignore_index: int = -100
     soft_on_ignored: bool = False
@@ -61,17 +62,20 @@ class KDOptions:
             raise ValueError("alpha and hard_weight are both 0: no term is left; give one of them a weight")
         check_smoothing(self.label_smoothing)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
-            raise TypeError(f"ignore_index must be an int, got {_name(self.ignore_index)}")
+            raise TypeError(f"ignore_index must be an int, got {described(self.ignore_index)}")
         self._set("ignore_index", self.ignore_index, int(self.ignore_index))
         if not -(2**63) <= self.ignore_index < 2**63:
             raise ValueError(f"ignore_index must fit int64, as labels do, got {self.ignore_index}")
-        for name in _CHOICES:
-            check_choice(name, getattr(self, name))
+        divergence_of(self.divergence)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                got = f"got {getattr(self, name)!r}"
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, {got}")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {_name(getattr(self, name))}")
+                raise TypeError(f"{name} must be True or False, got {described(getattr(self, name))}")
         if not isinstance(self.backend, str):
-            raise TypeError(f"backend must be a string, got {_name(self.backend)}")
+            raise TypeError(f"backend must be a string, got {described(self.backend)}")
 
     def _set(self, name: str, value: object, known: object) -> None:
         if known is not value:
@@ -89,17 +93,6 @@ class KDOptions:
 OPTIONS = frozenset(KDOptions.__dataclass_fields__)
 
 
-def _name(value: object) -> str:
-    return f"{value!r} of type {type(value).__name__}"
-
-
-def number(name: str, value: object, what: str = "a number") -> float:
-    """A real number of any library's (np.float32(2)) as Python's; one that torch.compile keeps symbolic as it is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name} must be {what}, got {_name(value)}")
-    return value if isinstance(value, (int, float)) else float(value)
-
-
 # Comparisons, not math.isfinite: under torch.compile a number that changes from call to call is symbolic.
 def check_temperature(name: str, value: float) -> None:
     if not 0 < value < _INFINITY:
@@ -111,11 +104,6 @@ def check_temperature(name: str, value: float) -> None:
 def check_smoothing(value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {value}")
-
-
-def check_choice(name: str, value: object) -> None:
-    if value not in _CHOICES[name]:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, _CHOICES[name]))}, got {value!r}")
 
 
 def _check_weight(name: str, value: float) -> None:

@@ -4,32 +4,103 @@ Geoffrey Hinton, Oriol Vinyals, Jeff Dean, "Distilling the Knowledge in a Neural
 student logits s, teacher logits t and label y:
 
     p = softmax(t / tau_t)        q = softmax(s / tau)        q1 = softmax(s)
-    soft = KL(p || q) = sum p (log p - log q)    or the cross entropy  -sum p log q
+    soft = KL(p || q) = sum p (log p - log q)    or another of `fused_kd.divergences`
     hard = -log q1[y]
     loss = alpha tau^2 soft + hard_weight hard
 
 Everything is computed in the dtype of the logits; give it float64.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
+from fused_kd.divergences import (
+    JSD,
+    AlphaBeta,
+    AlphaDivergence,
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    LogitMSE,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    SymmetricKL,
+    TotalVariation,
+    divergence_of,
+)
+
 
 def soft_term(
-    student: Tensor, teacher: Tensor, *, temperature: float, teacher_temperature: float, divergence: str
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    teacher_temperature: float,
+    divergence: str | Divergence,
 ) -> Tensor:
     """How far the student is from the teacher, for rows [N, V]: [N]."""
-    log_q = log_softmax(student / temperature, -1)
-    log_p = log_softmax(teacher / teacher_temperature, -1)
-    p = log_p.exp()
-    if divergence == "forward_kl":
-        terms = p * (log_p - log_q)
-    elif divergence == "cross_entropy":
-        terms = -p * log_q
-    else:
-        raise ValueError(f"unknown divergence {divergence!r}")
-    return torch.where(p == 0, 0.0, terms).sum(-1)  # 0 log 0 = 0; a NaN in p is kept
+    divergence = divergence_of(divergence)
+    x, y = student / temperature, teacher / teacher_temperature
+    if isinstance(divergence, LogitMSE):
+        return mean_squared_difference(x, y, divergence.centred)
+    return divergence_terms(log_softmax(y, -1), log_softmax(x, -1), divergence).sum(-1)
+
+
+def divergence_terms(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
+    """What each column adds to the divergence, in the shape of `log_p`."""
+    p, q = log_p.exp(), log_q.exp()
+
+    def kl(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+        return torch.where(a == 0, 0.0, a * torch.where(a == 0, 0.0, log_a - log_b))  # 0 log 0 = 0; a NaN is kept
+
+    def log_mean(share: float) -> Tensor:
+        """log(share p + (1 - share) q)."""
+        none = (p == 0) & (q == 0)
+        a, b = (torch.where(none, 0.0, log) for log in (log_p, log_q))
+        return torch.logaddexp(a + math.log(share), b + math.log1p(-share))
+
+    match divergence:
+        case ForwardKL():
+            return kl(p, log_p, log_q)
+        case CrossEntropy():
+            return kl(p, torch.zeros_like(log_p), log_q)
+        case ReverseKL():
+            return kl(q, log_q, log_p)
+        case SymmetricKL(ratio):
+            shares = [(ratio, kl(p, log_p, log_q)), (1 - ratio, kl(q, log_q, log_p))]
+            return sum((share * terms for share, terms in shares if share > 0), torch.zeros_like(p))  # 0 inf = 0 here
+        case JSD(beta):
+            log_m = log_mean(beta)
+            return beta * kl(p, log_p, log_m) + (1 - beta) * kl(q, log_q, log_m)
+        case SkewKL(alpha):
+            return kl(p, log_p, log_mean(alpha))
+        case SkewReverseKL(alpha):
+            return kl(q, log_q, log_mean(1 - alpha))
+        case TotalVariation():
+            return (p - q).abs() / 2
+        case AlphaDivergence(alpha):
+            both = ((1 - alpha) * log_p + alpha * log_q).exp()
+            return ((1 - alpha) * p + alpha * q - both) / (alpha * (1 - alpha))
+        case AlphaBeta(a, b):
+            k = a + b
+            both = (a * log_p + b * log_q).exp()
+            return -(both - a / k * (k * log_p).exp() - b / k * (k * log_q).exp()) / (a * b)
+    raise ValueError(f"unknown divergence {divergence!r}")
+
+
+def mean_squared_difference(x: Tensor, y: Tensor, centred: bool) -> Tensor:
+    """Half of it, over the columns of [N, V] where neither is -inf: [N]."""
+    left_out = (x == -torch.inf) | (y == -torch.inf)
+    count = (~left_out).sum(-1)
+    difference = torch.where(left_out, 0.0, torch.where(left_out, 0.0, x) - torch.where(left_out, 0.0, y))
+    if centred:
+        mean = difference.sum(-1, keepdim=True) / count.unsqueeze(-1)
+        difference = torch.where(left_out, 0.0, difference - mean)
+    return (difference**2).sum(-1) / (2 * count)
 
 
 def hard_term(student: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
@@ -47,7 +118,7 @@ def kd_loss(
     hard_weight: float | None = None,
     teacher_temperature: float | None = None,
     t2_scaling: bool = True,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     reduction: str = "mean",
     ignore_index: int = -100,
     soft_on_ignored: bool = False,

@@ -112,7 +112,7 @@ def test_logits_too_large_for_the_fast_way(temperature: float) -> None:
 
 def test_what_it_refuses() -> None:
     meta = torch.empty(1, 2, device="meta")
-    assert "student_logits is on meta" in str(PREFERENCE["cuda"].refuses(meta, meta))
+    assert "student_logits is on meta" in str(PREFERENCE["cuda"].refuses(meta, meta, "forward_kl"))
     wide = torch.zeros(1, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="backend='cuda' cannot be used: .*torch.float64"):
         fused_kd_loss(wide, wide, alpha=1.0, backend="cuda")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_kd import FusedKDLoss, fused_kd_loss, ops
-from fused_kd.backends.rows import RowOptions
+from fused_kd.backends.rows import STATS, RowOptions
 
 NAN = float("nan")
 
@@ -31,7 +31,13 @@ OPTIONS = [
     ({"hard_weight": float("inf")}, ValueError, "hard_weight must be finite and at least 0, got inf"),
     ({"alpha": 0.0, "hard_weight": 0.0}, ValueError, "alpha and hard_weight are both 0"),
     ({"label_smoothing": 1.1}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.1"),
-    ({"divergence": "kl"}, ValueError, "divergence must be one of 'forward_kl', 'cross_entropy', got 'kl'"),
+    ({"divergence": "kl"}, ValueError, "divergence must be one of 'forward_kl', .*fused_kd.divergences, got 'kl'"),
+    (
+        {"divergence": "alpha_beta"},
+        ValueError,
+        r"got 'alpha_beta'; 'alpha_beta' has no defaults, pass AlphaBeta\(...\)",
+    ),
+    ({"divergence": 0.5}, ValueError, "or an object of fused_kd.divergences, got 0.5"),
     ({"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', 'batchmean', got 'avg'"),
     ({"vocab_mismatch": "pad"}, ValueError, "vocab_mismatch must be one of 'error', 'truncate', got 'pad'"),
     ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
@@ -166,7 +172,7 @@ def operands(operator: Any) -> dict[str, Tensor]:
     """What the operator takes, its options left out."""
     student, teacher = make_logits("wide", 2, 3, 10)
     values = {"student": student, "teacher": teacher, "targets": torch.arange(6)}
-    return values | {name: torch.rand(6, 7) if name == "stats" else torch.rand(6) for name in OPERATORS[operator]}
+    return values | {name: torch.rand(6, STATS) if name == "stats" else torch.rand(6) for name in OPERATORS[operator]}
 
 
 def row_options(**changes: Any) -> RowOptions:
@@ -209,9 +215,9 @@ OPERANDS: list[tuple[tuple[str, ...], Change, type[Exception], str]] = [
     (("targets",), lambda x: x.int(), TypeError, r"{} must be torch.int64, got torch.int32; pass {}.to\(torch.int64\)"),
     (("stats", *VECTORS), lambda x: x.double(), TypeError, "{} must be torch.float32.*got torch.float64; pass {}.to"),
     (("stats", *VECTORS), lambda x: x.half(), TypeError, "{} must be torch.float32.*got torch.float16; pass {}.to"),
-    (("stats",), lambda x: x[:, :0], ValueError, r"stats must have the shape \[N, 7\].*got \(6, 0\)"),
-    (("stats",), lambda x: x[:, :1], ValueError, r"stats must have the shape \[N, 7\].*got \(6, 1\)"),
-    (("stats",), lambda x: x[:, 0], ValueError, r"stats must have the shape \[N, 7\].*got \(6,\)"),
+    (("stats",), lambda x: x[:, :0], ValueError, rf"stats must have the shape \[N, {STATS}\].*got \(6, 0\)"),
+    (("stats",), lambda x: x[:, :1], ValueError, rf"stats must have the shape \[N, {STATS}\].*got \(6, 1\)"),
+    (("stats",), lambda x: x[:, 0], ValueError, rf"stats must have the shape \[N, {STATS}\].*got \(6,\)"),
 ]
 
 
@@ -229,7 +235,13 @@ def test_operands(
 ROW_OPTIONS: list[tuple[dict[str, Any], str]] = [
     *(({name: x}, f"{name} must be") for name in ("temperature", "teacher_temperature") for x in (0.0, -1.0, INF, NAN)),
     ({"temperature": 1e-30}, "temperature must be between 1e-10 and 1e10"),
-    ({"divergence": "kl"}, "divergence must be one of 'forward_kl', 'cross_entropy', got 'kl'"),
+    ({"divergence": "kl"}, "divergence must be one of 'forward_kl', .*, got 'kl'"),
+    (
+        {"divergence": "kl", "parameters": (0.5,)},
+        "divergence must be one of 'forward_kl', .*'alpha_beta', .*, got 'kl'",
+    ),
+    ({"divergence": "jsd", "parameters": (0.5, 0.5)}, r"parameters of divergence 'jsd' must be beta, got \(0.5, 0.5\)"),
+    ({"divergence": "jsd", "parameters": (1.0,)}, "JSD: beta must be between 0 and 1, got 1.0"),
     ({"label_smoothing": 1.1}, r"label_smoothing must be in \[0, 1\], got 1.1"),
     ({"label_smoothing": NAN}, r"label_smoothing must be in \[0, 1\], got nan"),
     ({"backend": "gpu"}, "backend must be one of 'auto', .*'torch', got 'gpu'"),

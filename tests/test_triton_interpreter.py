@@ -61,7 +61,7 @@ def test_cpu_tensors_are_refused_and_the_variable_named() -> None:
 
 def test_float64_is_refused() -> None:
     wide = torch.zeros(1, 2, dtype=torch.float64)
-    reason = PREFERENCE["triton"].refuses(wide.to("cpu" if INTERPRETED else "meta"), wide)
+    reason = PREFERENCE["triton"].refuses(wide.to("cpu" if INTERPRETED else "meta"), wide, "forward_kl")
     assert reason is not None
     with pytest.raises(ValueError, match="backend='triton' cannot be used"):
         fused_kd_loss(wide, wide, alpha=1.0, backend="triton")

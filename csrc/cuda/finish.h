@@ -71,6 +71,7 @@ FKD_GPU void write_row(const Work& w, int64_t row, int64_t target, const Partial
     stats[FKD_LOG_RATIO] = static_cast<float>(result.log_ratio + (down_s - down_t) * k.unit);
     stats[FKD_HARD_SUM] = static_cast<float>(result.hard_sum * std::exp2(down_s * kLog2E));
     stats[FKD_MISS] = static_cast<float>(result.miss);
+    stats[FKD_GROWTH] = stats[FKD_TOP] = 0;
 }
 
 // One warp: a row's pieces, in the order of their sections, and then the row.

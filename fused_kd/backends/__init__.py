@@ -1,8 +1,8 @@
 """The row operations, and the one place that chooses who runs them.
 
-A backend is a module with a `NAME`, a `DESCRIPTION` in one line, `unavailable()`, `refuses(student, teacher)` and the
-same three verbs. Rows are the positions of logits [..., V] in row-major order; `targets` says what each row is for: a
-label, or one of the two constants in `fused_kd.backends.rows`.
+A backend is a module with a `NAME`, a `DESCRIPTION` in one line, `unavailable()`, `refuses(student, teacher,
+divergence)` and the same three verbs. Rows are the positions of logits [..., V] in row-major order; `targets` says what
+each row is for: a label, or one of the two constants in `fused_kd.backends.rows`.
 
     rows_forward (student, teacher, targets, rows)                         -> soft[N], hard[N], stats[N, k]
     rows_backward(student, teacher, targets, stats, gs[N], gh[N], rows, out)  writes d(sum gs soft + gh hard)/d student
@@ -24,9 +24,9 @@ PREFERENCE: dict[str, Backend] = {backend.NAME: backend for backend in (cpu, tri
 VARIABLE = "FUSED_KD_BACKEND"
 
 
-def refusal(backend: Backend, student: Tensor, teacher: Tensor) -> str | None:
-    """Why this backend cannot take these tensors, or None."""
-    return backend.unavailable() or backend.refuses(student, teacher)
+def refusal(backend: Backend, student: Tensor, teacher: Tensor, divergence: str = "forward_kl") -> str | None:
+    """Why this backend cannot take these tensors with this divergence (a name), or None."""
+    return backend.unavailable() or backend.refuses(student, teacher, divergence)
 
 
 def check_name(name: str, source: str = "backend") -> None:
@@ -35,19 +35,19 @@ def check_name(name: str, source: str = "backend") -> None:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, names))}, got {name!r}")
 
 
-def choose(name: str, student: Tensor, teacher: Tensor) -> Backend:
-    """The backend for these tensors. "auto" takes the variable FUSED_KD_BACKEND, if that is set
-    and not empty, else the first that can.
+def choose(name: str, student: Tensor, teacher: Tensor, divergence: str = "forward_kl") -> Backend:
+    """The backend for these tensors and this divergence (a name). "auto" takes the variable FUSED_KD_BACKEND, if that
+    is set and not empty, else the first that can.
 
     Raises ValueError for an unknown name, and for a named backend that cannot take the tensors.
     """
-    source = "backend"
+    source, wanted = "backend", (student, teacher, divergence)
     if name == "auto":
         name, source = os.environ.get(VARIABLE) or "auto", VARIABLE
     if name == "auto":
-        return next(backend for backend in PREFERENCE.values() if refusal(backend, student, teacher) is None)
+        return next(backend for backend in PREFERENCE.values() if refusal(backend, *wanted) is None)
     check_name(name, source)
-    reason = refusal(PREFERENCE[name], student, teacher)
+    reason = refusal(PREFERENCE[name], *wanted)
     if reason is not None:
         raise ValueError(f"{source}={name!r} cannot be used: {reason}")
     return PREFERENCE[name]

@@ -15,10 +15,10 @@ def unavailable() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def refuses(student: Tensor, teacher: Tensor) -> str | None:
+def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
     if student.device.type != "cpu":
         return f"it takes tensors on the CPU, and student_logits is on {student.device}"
-    return native.refuses(student, teacher)
+    return native.refuses(student, teacher, divergence)
 
 
 def rows_forward(

@@ -18,13 +18,13 @@ def unavailable() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def refuses(student: Tensor, teacher: Tensor) -> str | None:
+def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
     device = student.device
     expected = "cpu" if _on_host() else "cuda"
     if device.type != expected or (expected == "cuda" and torch.version.hip):
         where = f"the CPU, as {native.CUDA_LIBRARY} names a library for tests" if _on_host() else "an NVIDIA GPU"
         return f"it takes tensors on {where}, and student_logits is on {device}"
-    reason = native.refuses(student, teacher)
+    reason = native.refuses(student, teacher, divergence)
     if reason is None and device.type == "cuda":
         reason = _device_refused(device.index)
     return reason

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends.rows import (
+    GROWTH,
     HARD_SUM,
     LOG_RATIO,
     MISS,
@@ -21,12 +22,15 @@ from fused_kd.backends.rows import (
     STUDENT_SUM,
     TEACHER_MAX,
     TEACHER_SUM,
+    TOP,
     RowOptions,
     check_targets,
     in_range,
     row_dtype,
     vocabulary,
 )
+from fused_kd.divergences import CrossEntropy, LogitMSE, with_parameters
+from fused_kd.families import Columns, Family, column_terms
 
 NAME = "torch"
 DESCRIPTION = "plain PyTorch, a few rows at a time: any device, any floating dtype"
@@ -39,7 +43,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(student: Tensor, teacher: Tensor) -> str | None:
+def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
     return None
 
 
@@ -117,6 +121,7 @@ class _Chunk:
         o = self.options
         dtype = row_dtype(self.student, self.teacher)
         self.scale = 1 / o.temperature
+        self.divergence = with_parameters(o.divergence, o.parameters)
         self.s = self.student[..., : self.columns][self.index].to(dtype)
         self.t = self.teacher[..., : self.columns][self.teacher_index].to(dtype)
         target = self.targets[self.span]
@@ -163,61 +168,79 @@ class _Chunk:
         return (self.t - max_t) * (self.options.temperature / self.options.teacher_temperature)
 
     def finish(self, soft: Tensor, hard: Tensor, stats: Tensor) -> None:
-        o = self.options
         final = torch.float64 if self.s.device.type != "mps" else torch.float32
-        nan = torch.full((), torch.nan, dtype=final, device=self.s.device)
         stat = torch.zeros((len(self.span), STATS), dtype=final, device=self.s.device)
-        max_s, max_t = self._centres() if o.soft else (_maximum(self.s), None)
+        max_s, max_t = self._centres() if self.options.soft else (_maximum(self.s), None)
         stat[:, STUDENT_MAX] = max_s.squeeze(1).to(final)
         if max_t is not None:
-            e_s, e_t, delta = self._pair(max_s, max_t)
-            plain = e_s - e_t
-            b1 = torch.where(e_t == 0, 0.0, e_t * delta)  # 0 log 0 = 0
-            b2 = torch.where(delta.abs() < _SMALL, b1 * _phi_over_delta(delta), plain - b1)
-            z_s, z_t, b1_sum, b2_sum = (x.sum(-1, dtype=final) for x in (e_s, e_t, b1, b2))
-            x, second, direct = (b1_sum + b2_sum) / z_t, b2_sum / z_t, (z_s / z_t).log()
-            # Close to the teacher b1 and b2 are small and carry the value; far from it they are large and cancel.
-            close = x.abs() + second < 1
-            log_ratio = torch.where(close, x.log1p(), direct)
-            kl = torch.where(close, log_ratio - x + second, direct - b1_sum / z_t).clamp(min=0)
-            whole = (z_s != 0) & (z_t != 0)  # else a row of -inf
-            value = kl
-            if o.divergence == "cross_entropy":
-                log_e_t = self._teacher_from(max_t) * self.scale
-                entropy_sum = torch.where(e_t == 0, 0.0, e_t * log_e_t).sum(-1, dtype=final)
-                value = kl + z_t.log() - entropy_sum / z_t
-            soft[self.span] = self._kept(self.counted, torch.where(whole, value, nan)).to(soft.dtype)
             stat[:, TEACHER_MAX] = max_t.squeeze(1).to(final)
-            stat[:, STUDENT_SUM] = torch.where(whole, z_s, nan)
-            stat[:, TEACHER_SUM] = torch.where(whole, z_t, nan)
-            stat[:, LOG_RATIO] = log_ratio
-        if o.hard:
-            e_1 = (self.s - max_s).exp()
-            others = e_1.scatter(1, self.label, 0.0).sum(-1, dtype=final)
-            logit = self.s.gather(1, self.label).squeeze(1).to(final)
-            below = max_s.squeeze(1).to(final) - logit
-            own = (-below).exp()
-            total = torch.where(others + own == 0, nan, others + own)
-            # From the other columns' sum: a sure and right student keeps its digits.
-            nll = torch.where(below < 30, (others / own).log1p(), below + total.log())
-            if o.label_smoothing > 0:
-                smoothed = nll + o.label_smoothing * (logit - self.s.mean(-1, dtype=final))
-                nll = torch.where(nll == torch.inf, nll, smoothed)  # inf - inf would be no loss
-            hard[self.span] = self._kept(self.labelled, nll).to(hard.dtype)
-            stat[:, HARD_SUM] = total
-            stat[:, MISS] = others / total
+            of_logits = isinstance(self.divergence, LogitMSE)
+            value = self._mean_squared_difference(stat) if of_logits else self._finish_soft(max_s, max_t, stat)
+            soft[self.span] = self._kept(self.counted, value).to(soft.dtype)
+        if self.options.hard:
+            hard[self.span] = self._kept(self.labelled, self._finish_hard(max_s, stat)).to(hard.dtype)
         stats[self.span] = stat.to(stats.dtype)
+
+    def _finish_soft(self, max_s: Tensor, max_t: Tensor, stat: Tensor) -> Tensor:
+        final = stat.dtype
+        e_s, e_t, delta = self._pair(max_s, max_t)
+        plain = e_s - e_t
+        b1 = torch.where(e_t == 0, 0.0, e_t * delta)  # 0 log 0 = 0
+        b2 = torch.where(delta.abs() < _SMALL, b1 * _phi_over_delta(delta), plain - b1)
+        z_s, z_t, b1_sum, b2_sum = (x.sum(-1, dtype=final) for x in (e_s, e_t, b1, b2))
+        x, second, direct = (b1_sum + b2_sum) / z_t, b2_sum / z_t, (z_s / z_t).log()
+        # Close to the teacher b1 and b2 are small and carry the value; far from it they are large and cancel.
+        close = x.abs() + second < 1
+        log_ratio = torch.where(close, x.log1p(), direct)
+        whole = (z_s != 0) & (z_t != 0)  # else a row of -inf
+        stat[:, STUDENT_SUM] = torch.where(whole, z_s, torch.nan)
+        stat[:, TEACHER_SUM] = torch.where(whole, z_t, torch.nan)
+        stat[:, LOG_RATIO] = log_ratio
+        if self.divergence.family is not None:
+            return self._finish_family(self.divergence.family, e_s, e_t, delta, stat)
+        value = torch.where(close, log_ratio - x + second, direct - b1_sum / z_t).clamp(min=0)
+        if isinstance(self.divergence, CrossEntropy):
+            log_e_t = self._teacher_from(max_t) * self.scale
+            entropy_sum = torch.where(e_t == 0, 0.0, e_t * log_e_t).sum(-1, dtype=final)
+            value = value + z_t.log() - entropy_sum / z_t
+        return torch.where(whole, value, torch.nan)
+
+    def _finish_family(self, family: Family, e_s: Tensor, e_t: Tensor, delta: Tensor, stat: Tensor) -> Tensor:
+        """The sums of `fused_kd.families` over a row."""
+        columns = self._columns(e_s, e_t, delta, stat.unsqueeze(1).to(e_s.dtype))
+        v, c = column_terms(family, columns)
+        value, growth = v.sum(-1, dtype=stat.dtype), c.sum(-1, dtype=stat.dtype)
+        stat[:, GROWTH] = torch.where(growth.isfinite(), growth, torch.nan)
+        # In a column with nearly all of q, c - q G is a small difference of large numbers; the other columns have it.
+        top = columns.q > 0.5
+        rest_c, rest_q = (torch.where(top, 0.0, x).sum(-1, dtype=stat.dtype) for x in (c, columns.q))
+        top_c, top_q = (torch.where(top, x, 0.0).sum(-1, dtype=stat.dtype) for x in (c, columns.q))
+        stat[:, TOP] = top_c * rest_q - top_q * rest_c
+        return value
+
+    def _finish_hard(self, max_s: Tensor, stat: Tensor) -> Tensor:
+        final = stat.dtype
+        e_1 = (self.s - max_s).exp()
+        others = e_1.scatter(1, self.label, 0.0).sum(-1, dtype=final)
+        logit = self.s.gather(1, self.label).squeeze(1).to(final)
+        below = max_s.squeeze(1).to(final) - logit
+        own = (-below).exp()
+        total = torch.where(others + own == 0, torch.nan, others + own)
+        stat[:, HARD_SUM], stat[:, MISS] = total, others / total
+        # From the other columns' sum: a sure and right student keeps its digits.
+        nll = torch.where(below < 30, (others / own).log1p(), below + total.log())
+        smoothing = self.options.label_smoothing
+        if smoothing > 0:
+            smoothed = nll + smoothing * (logit - self.s.mean(-1, dtype=final))
+            nll = torch.where(nll == torch.inf, nll, smoothed)  # inf - inf would be no loss
+        return nll
 
     def write_gradient(self, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
         o = self.options
         stat = stats[self.span].unsqueeze(1)
         gradient = torch.zeros_like(self.s)
         if o.soft:
-            e_s, e_t, delta = self._pair(stat[..., STUDENT_MAX], stat[..., TEACHER_MAX])
-            q, p = e_s / stat[..., STUDENT_SUM], e_t / stat[..., TEACHER_SUM]
-            log_ratio = delta - stat[..., LOG_RATIO]
-            difference = torch.where(log_ratio.abs() < _SMALL, p * log_ratio.expm1(), q - p)
-            gradient = difference * (grad_soft[self.span] * self.scale).unsqueeze(1)
+            gradient = self._soft_gradient(stat) * (grad_soft[self.span] * self.scale).unsqueeze(1)
         if o.hard:
             q1 = (self.s - stat[..., STUDENT_MAX]).exp() / stat[..., HARD_SUM]
             rise = q1.scatter(1, self.label, -stat[..., MISS])
@@ -230,9 +253,50 @@ class _Chunk:
         rows[:, : self.columns] = self._kept(self.counted, gradient.T).T.to(out.dtype)
         out[self.index] = rows
 
+    def _columns(self, e_s: Tensor, e_t: Tensor, delta: Tensor, stat: Tensor) -> Columns:
+        z_s, z_t, d = stat[..., STUDENT_SUM], stat[..., TEACHER_SUM], delta - stat[..., LOG_RATIO]
+        p, q = e_t / z_t, e_s / z_s
+        log_p = self._teacher_from(stat[..., TEACHER_MAX]) * self.scale - z_t.log()
+        log_q = (self.s - stat[..., STUDENT_MAX]) * self.scale - z_s.log()
+        return Columns(p, q, log_p, log_q, d, _difference(p, q, d))
+
+    def _soft_gradient(self, stat: Tensor) -> Tensor:
+        """Of the soft term, times tau."""
+        if isinstance(self.divergence, LogitMSE):
+            counts, difference = self._logit_difference()
+            return torch.where(counts, (difference - stat[..., GROWTH]) * stat[..., TOP], 0.0)
+        e_s, e_t, delta = self._pair(stat[..., STUDENT_MAX], stat[..., TEACHER_MAX])
+        if self.divergence.family is None:
+            p, q = e_t / stat[..., TEACHER_SUM], e_s / stat[..., STUDENT_SUM]
+            return _difference(p, q, delta - stat[..., LOG_RATIO])
+        columns = self._columns(e_s, e_t, delta, stat)
+        _, c = column_terms(self.divergence.family, columns)
+        return torch.where(columns.q > 0.5, stat[..., TOP], c - columns.q * stat[..., GROWTH])
+
+    def _logit_difference(self) -> tuple[Tensor, Tensor]:
+        """Which columns count, and x - y of `LogitMSE`."""
+        counts = (self.s != -torch.inf) & (self.t != -torch.inf)
+        s, t = (torch.where(counts, x, 0.0) for x in (self.s, self.t))
+        o = self.options
+        difference = s - t if self._one_temperature else s - t * (o.temperature / o.teacher_temperature)
+        return counts, difference * self.scale
+
+    def _mean_squared_difference(self, stat: Tensor) -> Tensor:
+        counts, difference = self._logit_difference()
+        number = counts.sum(-1, dtype=stat.dtype)
+        mean = difference.sum(-1, dtype=stat.dtype) / number * self.options.parameters[0]  # 1 if centred, else 0
+        difference = torch.where(counts, difference - mean.unsqueeze(1), 0.0)
+        stat[:, GROWTH], stat[:, TOP] = mean, 1 / number
+        return difference.square().sum(-1, dtype=stat.dtype) / (2 * number)
+
     def _kept(self, rows: Tensor, values: Tensor) -> Tensor:
         """`values` [..., n] where `rows` says so, else exactly 0; NaN where the target is out of range."""
         return torch.where(self.valid, torch.where(rows, values, 0.0), torch.nan)
+
+
+def _difference(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+    """q - p without cancellation."""
+    return torch.where(log_ratio.abs() < _SMALL, p * log_ratio.expm1(), q - p)
 
 
 def _maximum(logits: Tensor) -> Tensor:

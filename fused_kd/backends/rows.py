@@ -20,8 +20,10 @@ OUT_OF_RANGE = NO_LABEL + 1  # the label SKIP where it has no such meaning
     LOG_RATIO,  # log(sum of e_s / sum of e_t), with its small values intact
     HARD_SUM,  # sum of exp(s - max)
     MISS,  # 1 - softmax(s)[label], with its small values intact
+    GROWTH,  # G of `fused_kd.families`; for LogitMSE what is taken off x - y
+    TOP,  # the gradient, times tau, at a column with more than half of q; for LogitMSE 1 / n
     STATS,
-) = range(8)
+) = range(10)
 
 
 class RowOptions(NamedTuple):
@@ -29,11 +31,12 @@ class RowOptions(NamedTuple):
 
     temperature: float
     teacher_temperature: float
-    divergence: str
+    divergence: str  # a name of fused_kd.divergences.DIVERGENCES
     label_smoothing: float
     soft: bool
     hard: bool
     backend: str  # "auto" or a name
+    parameters: tuple[float, ...] = ()  # of the divergence
 
 
 class Backend(Protocol):
@@ -45,8 +48,8 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, and what to do about it."""
 
-    def refuses(self, student: Tensor, teacher: Tensor) -> str | None:
-        """Why it cannot take these tensors."""
+    def refuses(self, student: Tensor, teacher: Tensor, divergence: str) -> str | None:
+        """Why it cannot take these tensors, or this divergence (a name)."""
 
     def rows_forward(
         self, student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, /
@@ -76,6 +79,13 @@ class Backend(Protocol):
         out: Tensor,
         /,
     ) -> tuple[Tensor, Tensor]: ...
+
+
+def lacks(divergence: str) -> str | None:
+    """What a backend says that has the divergences of one visit alone."""
+    if divergence in ("forward_kl", "cross_entropy"):
+        return None
+    return f"it does not have the divergence {divergence!r} yet; the torch backend has"
 
 
 def row_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends.rows import STATS, RowOptions, check_targets, vocabulary
+from fused_kd.backends.rows import STATS, RowOptions, check_targets, lacks, vocabulary
 from fused_kd.native import leading_layout
 
 NAME = "triton"
@@ -69,7 +69,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(student: Tensor, teacher: Tensor) -> str | None:
+def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
     device = student.device.type
     if device == "cpu" and not _interpreted():
         return f"it takes tensors on a GPU, and those of the CPU only with {INTERPRET}=1 in the environment (slow)"
@@ -84,7 +84,7 @@ def refuses(student: Tensor, teacher: Tensor) -> str | None:
             return f"{name} has more than {_MAX_DIMS} separately strided dimensions; the torch backend takes it"
         if logits.shape[-1] > _MAX_COLUMNS:
             return f"{name} has more than {_MAX_COLUMNS} columns; the torch backend takes it"
-    return None
+    return lacks(divergence)
 
 
 @functools.cache

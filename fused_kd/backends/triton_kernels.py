@@ -179,7 +179,7 @@ def finish_row(
             )
     tl.store(soft + row, soft_value)
     tl.store(hard + row, hard_value)
-    return part[0], part[1], student_sum, teacher_sum, log_ratio, hard_sum, miss
+    return part[0], part[1], student_sum, teacher_sum, log_ratio, hard_sum, miss, zero, zero
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def finish_unread_row(row, target, soft, hard):
     value = unread_value(target)
     tl.store(soft + row, value)
     tl.store(hard + row, value)
-    return value, value, value, value, value, value, value
+    return value, value, value, value, value, value, value, value, value
 
 
 @triton.jit
