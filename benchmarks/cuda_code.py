@@ -7,10 +7,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-from static_bounds import _BIN, ITEMSIZE, Code, _loops
+from machine_code import BIN, ITEMSIZE, Code, disassembled, read_usage, sass_loops
 
 from fused_kd import native
 
@@ -38,7 +37,7 @@ def library() -> Path | str:
 @functools.cache
 def targets() -> list[str]:
     """The architectures that it has code for."""
-    command = [_BIN / "cuobjdump", "-lelf", library()]
+    command = [BIN / "cuobjdump", "-lelf", library()]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return sorted(set(re.findall(r"\bsm_\d+", listed)), key=lambda arch: int(arch[3:]))
 
@@ -48,21 +47,12 @@ def _kernels(arch: str) -> dict[str, tuple[Code, str]]:
     """Mangled names of one architecture's kernels, with their resources and their text."""
     path = library()
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([_BIN / "cuobjdump", "-xelf", arch, path], cwd=folder, capture_output=True, check=True)
-        usage, text = (
-            "".join(
-                subprocess.run([_BIN / tool, flag, cubin], capture_output=True, text=True, check=True).stdout
-                for cubin in sorted(Path(folder).iterdir())
-            )
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
+        subprocess.run([BIN / "cuobjdump", "-xelf", arch, path], cwd=folder, capture_output=True, check=True)
+        usage, text = disassembled(*sorted(Path(folder).iterdir()))
     result = {}
     bodies = re.split(r"^\.text\.(\S+):$", text, flags=re.MULTILINE)
     for name, body in zip(bodies[1::2], bodies[2::2], strict=True):
-        found = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
-        assert found is not None, name
-        registers, stack, local = map(int, found.groups())
-        result[name] = (Code(registers, stack + local, pairs=PAIRS), body)
+        result[name] = (read_usage(usage, re.escape(name)), body)
     return result
 
 
@@ -87,7 +77,7 @@ def code(variant: str, arch: str, dtype: str = "bf16", loads: str = "whole") -> 
     pattern = rf"VariantINS_{len(student)}{student}E{other}Lb{soft}ELNS_4HardE{hard}ELb{general}E"
     (match,) = [found for key, found in _kernels(arch).items() if re.search(pattern, key)]
     resources, body = match
-    loops = [loop for loop in _sass_loops(body) if _count(loop, "LDG", ".128")]
+    loops = [loop for loop in sass_loops(body) if _count(loop, "LDG", ".128")]
     both = [loop for loop in loops if (_count(loop, "STG") > 0) == (verb == "backward")]
     whole, shifted = sorted(both, key=lambda loop: _count(loop, "LDG"))  # shifted loads are more
     return Code(resources.registers, resources.stack, [whole if loads == "whole" else shifted], PAIRS)
@@ -95,8 +85,3 @@ def code(variant: str, arch: str, dtype: str = "bf16", loads: str = "whole") -> 
 
 def _count(loop: Counter[str], opcode: str, width: str = "") -> int:
     return sum(n for name, n in loop.items() if name.startswith(opcode) and width in name)
-
-
-def _sass_loops(body: str) -> Iterator[Counter[str]]:
-    instruction = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
-    return _loops(body, instruction, r"^(\.L_x_\d+):", r"BRA.*?(\.L_x_\d+)")

@@ -10,27 +10,20 @@ It is a static upper bound, not a measurement: latencies, occupancy and the cach
 from __future__ import annotations
 
 import argparse
-import importlib
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+import cuda_code
 import triton
+from machine_code import EXPONENTIALS, ITEMSIZE, Code, read_amd, read_cubin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_kd.backends import triton_kernels
 from fused_kd.backends.triton import ROUNDING, launch_for, shape_of
 
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
-EXPONENTIALS = ("MUFU.EX2", "v_exp_f32")
 STORES = ("STG", "global_store", "buffer_store")
-_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def cuda(capability: int) -> GPUTarget:
@@ -87,37 +80,6 @@ VARIANTS = {
 }
 
 
-@dataclass
-class Code:
-    """A compiled kernel."""
-
-    registers: int
-    stack: int  # bytes a lane: what was spilled, if anything, in the hot loop or around it
-    loops: list[Counter[str]] = field(default_factory=list)  # opcodes of each loop that loads logits; the hot one first
-    pairs: int = 0  # that a lane does in one turn of the hot loop
-    ptx: str = ""  # of Triton kernels on NVIDIA's targets
-
-    def in_loop(self, *prefixes: str) -> int:
-        return sum(n for opcode, n in self.loops[0].items() if opcode.startswith(prefixes or ("",)))
-
-    def per_pair(self, *prefixes: str) -> float:
-        return self.in_loop(*prefixes) / self.pairs
-
-    @property
-    def spilled(self) -> int:
-        """How many of the hot loop's instructions are on the stack."""
-        return self.in_loop("LDL", "STL", "scratch_")
-
-    def narrow(self, prefix: str, least: int = 128) -> int:
-        """How many of these move fewer bits."""
-
-        def bits(opcode: str) -> int:
-            found = re.search(r"\.(64|128)\b", opcode)
-            return int(found[1]) if found else 32
-
-        return sum(n for opcode, n in self.loops[0].items() if opcode.startswith(prefix) and bits(opcode) < least)
-
-
 def compiled(
     variant: str,
     target: GPUTarget,
@@ -159,62 +121,13 @@ def compiled(
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=target, options=options)
-    code = _read_amd(result.asm["amdgcn"]) if target.backend == "hip" else _read_cubin(result.asm["cubin"])
+    code = read_amd(result.asm["amdgcn"]) if target.backend == "hip" else read_cubin(result.asm["cubin"])
     if name == "fused":  # reads a row in one loop, and writes its gradient in another
         writing = next(loop for loop in code.loops if any(op.startswith(STORES) for op in loop))
         code.loops[0] = code.loops[0] + writing
     code.pairs = shape["GROUPS"] * shape["VECTOR"] * shape["LANES"] // (options["num_warps"] * target.warp_size)
     code.ptx = result.asm.get("ptx", "")
     return code
-
-
-def _read_amd(text: str) -> Code:
-    def number(name: str) -> int:
-        found = re.search(rf"\.{name}:\s*(\d+)", text)
-        assert found is not None, name
-        return int(found[1])
-
-    # Scalar registers spill into lanes of vector registers, not into memory.
-    stack = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
-    loops = _loops(text, r"^\s+([a-z]\w+)", r"^(\.LBB\w+):", r"branch\w*\s+(\.LBB\w+)")
-    return Code(number("vgpr_count"), stack, list(loops))
-
-
-def _read_cubin(cubin: bytes) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, text = (
-            subprocess.run([_BIN / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    registers, stack, local = map(int, found.groups())
-    loops = _loops(
-        text, r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", r"^(\.L_x_\d+):", r"BRA.*?(\.L_x_\d+)"
-    )
-    return Code(registers, stack + local, list(loops))
-
-
-def _loops(text: str, instruction: str, label: str, branch: str) -> Iterator[Counter[str]]:
-    """The innermost loops with a load from global memory, in the order of the code."""
-    places: dict[str, int] = {}
-    opcodes: list[str] = []
-    spans: list[tuple[int, int]] = []
-    for line in text.splitlines():
-        if found := re.match(label, line.strip()):
-            places[found[1]] = len(opcodes)
-        elif found := re.match(instruction, line):
-            opcodes.append(found[1])
-            jump = re.search(branch, line)
-            if jump and jump[1] in places:
-                spans.append((places[jump[1]], len(opcodes)))
-    for begin, end in spans:
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans):
-            body = Counter(opcodes[begin:end])
-            if any(opcode.startswith(("LDG", "global_load", "buffer_load")) for opcode in body):
-                yield body
 
 
 def bound(code: Code, gpu: Gpu, bytes_per_pair: int) -> float:
@@ -230,24 +143,30 @@ def bytes_per_pair(variant: str, dtype: str) -> int:
     return ITEMSIZE[dtype] * (read + (not variant.startswith("forward")))
 
 
-def cuda_rows(columns: int) -> Iterator[tuple[Any, ...]]:
-    """The same table's rows of the CUDA C++ kernels, if the package was built with them."""
-    cuda_code = importlib.import_module("cuda_code")
-    if isinstance(reason := cuda_code.library(), str):
-        print(f"\nNo CUDA C++ kernels: {reason}")
+def triton_kernels_on(gpu: Gpu, columns: int) -> Iterator[tuple[str, str, Code]]:
+    """Names, dtypes and code."""
+    for variant in VARIANTS:
+        for dtype in ("bf16", "fp32"):
+            yield variant, dtype, compiled(variant, gpu.target, dtype, columns=columns)
+
+
+def cuda_kernels_on(gpu: Gpu, columns: int) -> Iterator[tuple[str, str, Code]]:
+    """The same of the CUDA C++ kernels."""
+    if gpu.target.backend != "cuda" or (arch := f"sm_{gpu.target.arch}") not in cuda_code.targets():
         return
-    for gpu in GPUS:
-        if gpu.target.backend != "cuda" or (arch := f"sm_{gpu.target.arch}") not in cuda_code.targets():
-            continue
-        for variant in cuda_code.VARIANTS:
-            for dtype in ("bf16", "fp32"):
-                code = cuda_code.code(variant, arch, dtype, cuda_code.loads_for(variant, dtype, columns))
-                size = bytes_per_pair(variant, dtype)
-                yield (
-                    gpu.name, f"CUDA C++ {variant}", dtype, size, code.registers, code.stack,
-                    f"{code.per_pair():.1f}", f"{code.per_pair(*EXPONENTIALS):.2f}", code.in_loop("SHFL"),
-                    code.in_loop("BAR"), f"{100 * bound(code, gpu, size):.0f} %",
-                )  # fmt: skip
+    for variant in cuda_code.VARIANTS:
+        for dtype in ("bf16", "fp32"):
+            yield variant, dtype, cuda_code.code(variant, arch, dtype, cuda_code.loads_for(variant, dtype, columns))
+
+
+def print_row(gpu: Gpu, kernel: str, variant: str, dtype: str, code: Code) -> None:
+    size = bytes_per_pair(variant, dtype)
+    cells = (
+        gpu.name, kernel, dtype, size, code.registers, code.stack, f"{code.per_pair():.1f}",
+        f"{code.per_pair(*EXPONENTIALS):.2f}", code.in_loop("SHFL", "ds_bpermute"), code.in_loop("BAR", "s_barrier"),
+        f"{100 * bound(code, gpu, size):.0f} %",
+    )  # fmt: skip
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def main() -> None:
@@ -259,18 +178,14 @@ def main() -> None:
     print("| GPU | kernel | dtype | bytes | registers | stack | instructions | ex2 | shuffles | barriers | bound |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for gpu in GPUS:
-        for variant in VARIANTS:
-            for dtype in ("bf16", "fp32"):
-                code = compiled(variant, gpu.target, dtype, columns=columns)
-                size = bytes_per_pair(variant, dtype)
-                cells = (
-                    gpu.name, variant, dtype, size, code.registers, code.stack, f"{code.per_pair():.1f}",
-                    f"{code.per_pair(*EXPONENTIALS):.2f}", code.in_loop("SHFL", "ds_bpermute"),
-                    code.in_loop("BAR", "s_barrier"), f"{100 * bound(code, gpu, size):.0f} %",
-                )  # fmt: skip
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    for cells in cuda_rows(columns):
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        for variant, dtype, code in triton_kernels_on(gpu, columns):
+            print_row(gpu, variant, variant, dtype, code)
+    if isinstance(reason := cuda_code.library(), str):
+        print(f"\nNo CUDA C++ kernels: {reason}")
+        return
+    for gpu in GPUS:
+        for variant, dtype, code in cuda_kernels_on(gpu, columns):
+            print_row(gpu, f"CUDA C++ {variant}", variant, dtype, code)
 
 
 if __name__ == "__main__":

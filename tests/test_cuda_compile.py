@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")  # its wheel has cuobjdump and nvdisasm
 from cuda_code import DTYPES, VARIANTS, code, library, loads_for, targets
-from static_bounds import EXPONENTIALS
+from machine_code import EXPONENTIALS
 
 FOUND = library()
 if isinstance(FOUND, str):

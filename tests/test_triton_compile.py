@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing can be compiled in the interpreter's process", allow_module_level=True)
 
 import triton
-from static_bounds import AMD, EXPONENTIALS, GPUS, SWITCHES, VARIANTS, Code, bound, bytes_per_pair, compiled, cuda
+from machine_code import EXPONENTIALS, Code
+from static_bounds import AMD, GPUS, SWITCHES, VARIANTS, bound, bytes_per_pair, compiled, cuda
 from support import before
 
 NVIDIA = (80, 90, 100, 120)
