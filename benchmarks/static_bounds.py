@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_kd.backends import triton_kernels
-from fused_kd.backends.triton import ROUNDING, launch_for, shape_of
+from fused_kd.backends.triton import Rows, Scalars, Switches, launch_for
 
 STORES = ("STG", "global_store", "buffer_store")
 
@@ -64,15 +64,16 @@ GPUS = (
 )
 
 # Variants by name: the kernel, and its switches.
-_BOTH = {"SOFT": True, "HARD": True, "ENTROPY": False, "SMOOTHED": False, "ROOT": 1, "POWER": 0}
-SWITCHES: dict[str, dict[str, Any]] = {
+_BOTH = Switches(soft=True, hard=True, entropy=False, smoothed=False, exact=False, root=1, power=0)
+SWITCHES = {
     "any tau": _BOTH,
-    "tau = 2": {**_BOTH, "POWER": 2},
-    "tau = 1.5": {**_BOTH, "ROOT": 2, "POWER": 3},
-    "soft term": {**_BOTH, "HARD": False, "POWER": 1},
-    "hard term": {**_BOTH, "SOFT": False, "POWER": 1},
-    "all options": {**_BOTH, "ENTROPY": True, "SMOOTHED": True},
+    "tau = 2": _BOTH._replace(power=2),
+    "tau = 1.5": _BOTH._replace(root=2, power=3),
+    "soft term": _BOTH._replace(hard=False, power=1),
+    "hard term": _BOTH._replace(soft=False, power=1),
+    "all options": _BOTH._replace(entropy=True, smoothed=True),
 }
+_MULTIPLE = [["tt.divisibility", 16]]
 VARIANTS = {
     f"{kernel}, {name}": (kernel, switches)
     for kernel in ("forward", "backward", "fused")
@@ -86,46 +87,57 @@ def compiled(
     student: str = "bf16",
     teacher: str | None = None,
     columns: int = 151936,
-    **overrides: Any,
+    **overrides: int,
 ) -> Code:
     """One variant for one target and contiguous logits of so many columns; `overrides` replace what the launch says."""
     teacher = teacher or student
     name, switches = VARIANTS[variant]
+    if name == "backward":
+        switches = switches._replace(entropy=False)
+    if student == "fp32" and "all options" not in variant:  # which include a temperature of the teacher's own
+        switches = switches._replace(exact=True)
     kernel = getattr(triton_kernels, name)
-    launch = launch_for(columns, max(ITEMSIZE[student], ITEMSIZE[teacher]), target.warp_size)
-    exact = student == "fp32" and "all options" not in variant  # which include a temperature of the teacher's own
-    rows = {"SHIFTED": columns % launch.vector > 0, "ALIKE": True, "WHOLE": columns <= launch.section}
-    shape = {**shape_of(launch), **rows, "EXACT": exact, **overrides}
-    options = {key: shape.pop(key) for key in ("num_warps", "num_stages", *ROUNDING)}
-    # Triton compiles an argument that is 1 as a constant.
-    ones = dict.fromkeys(("targets_stride", "soft_stride", "hard_stride", *(["sections"] if shape["WHOLE"] else ())), 1)
-    constants = {key: value for key, value in {**switches, **shape, **ones}.items() if key in kernel.arg_names}
+    launch = launch_for(columns, max(ITEMSIZE[student], ITEMSIZE[teacher]), target.warp_size)._replace(**overrides)
+    if name != "backward":
+        launch = launch._replace(shifted=columns % launch.vector > 0)
+    whole = columns <= launch.section
 
+    # As Triton sees the arguments: an integer that is 1 is a constant, pointers are multiples of 16, and rows and the
+    # vocabulary if there are so many columns.
+    rows, numbers = ("i32",), ("constexpr",)
     types: dict[str, Any] = {
-        "student": f"*{student}",
-        "out": f"*{student}",
-        "teacher": f"*{teacher}",
-        "targets": "*i64",
+        "student": Rows(f"*{student}", rows),
+        "teacher": Rows(f"*{teacher}", rows),
+        "out": Rows(f"*{student}", rows),
+        "targets": Rows("*i64", numbers),
+        "coef_soft": Rows("*fp32", numbers),
+        "coef_hard": Rows("*fp32", numbers),
+        **dict.fromkeys(("soft", "hard", "stats", "parts"), "*fp32"),
+        **dict.fromkeys(("vocabulary", "width"), "i32"),
+        "sections": "constexpr" if whole else "i32",
+        "scalars": Scalars("fp32", "fp32", "fp32", "fp32"),
+        **dict.fromkeys(("SWITCHES", "LAUNCH", "WHOLE"), "constexpr"),
     }
-    types |= dict.fromkeys(("soft", "hard", "stats", "parts", "coef_soft", "coef_hard"), "*fp32")
-    types |= dict.fromkeys(("student_layout", "teacher_layout", "out_layout"), ("i32",))
-    types |= dict.fromkeys(("vocabulary", "width", "sections"), "i32")
-    types |= dict.fromkeys(("k", "k_t", "unit", "smoothing"), "fp32")
-    signature = {key: "constexpr" if key in constants else types[key] for key in kernel.arg_names}
-    # As Triton finds them: pointers are multiples of 16, and rows and the vocabulary if there are so many columns.
-    of_columns = ("student_layout", "teacher_layout", "out_layout", "vocabulary", "width")
-    attributes = {
-        (i, 0) if key.endswith("layout") else (i,): [["tt.divisibility", 16]]
-        for i, key in enumerate(kernel.arg_names)
-        if signature[key][0] == "*" or (key in of_columns and columns % 16 == 0)
-    }
+    signature = {key: types[key] for key in kernel.arg_names}
+    known = {"SWITCHES": switches, "LAUNCH": launch, "WHOLE": whole, **({"sections": 1} if whole else {})}
+    constants: dict[Any, Any] = {key: value for key, value in known.items() if key in signature}
+    attributes = {}
+    for i, (key, kind) in enumerate(signature.items()):
+        if isinstance(kind, Rows):
+            attributes[i, 0] = _MULTIPLE
+            if kind.layout == numbers:
+                constants[i, 1, 0] = 1
+            elif columns % 16 == 0:
+                attributes[i, 1, 0] = _MULTIPLE
+        elif kind == "*fp32" or (key in ("vocabulary", "width") and columns % 16 == 0):
+            attributes[i,] = _MULTIPLE
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    result = triton.compile(source, target=target, options=options)
+    result = triton.compile(source, target=target, options=launch.options)
     code = read_amd(result.asm["amdgcn"]) if target.backend == "hip" else read_cubin(result.asm["cubin"])
     if name == "fused":  # reads a row in one loop, and writes its gradient in another
         writing = next(loop for loop in code.loops if any(op.startswith(STORES) for op in loop))
         code.loops[0] = code.loops[0] + writing
-    code.pairs = shape["GROUPS"] * shape["VECTOR"] * shape["LANES"] // (options["num_warps"] * target.warp_size)
+    code.pairs = launch.groups * launch.vector * launch.lanes // (launch.warps * target.warp_size)
     code.ptx = result.asm.get("ptx", "")
     return code
 

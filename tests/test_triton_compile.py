@@ -124,5 +124,5 @@ def test_an_h100_is_bound_by_memory(variant: str) -> None:
 
 
 def test_these_tests_see_spills_and_narrow_loads() -> None:
-    assert compiled("forward, any tau", cuda(90), LANES=2048, num_warps=4).spilled > 0
-    assert compiled("forward, any tau", cuda(90), VECTOR=4, GROUPS=4).narrow("LDG") > 0
+    assert compiled("forward, any tau", cuda(90), lanes=2048, warps=4).spilled > 0
+    assert compiled("forward, any tau", cuda(90), vector=4, groups=4).narrow("LDG") > 0

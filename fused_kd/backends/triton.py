@@ -30,6 +30,37 @@ _MAX_COLUMNS = 2**31 - 2**16
 _POWERS = {1.0: (1, 1), 1.5: (2, 3), 2.0: (1, 2), 3.0: (1, 3), 4.0: (1, 4)}
 
 
+# What the kernels take. Those that Triton's compiler knows are named in capitals there: SWITCHES, LAUNCH.
+
+
+class Rows(NamedTuple):
+    """Logits, or one number a row, and how their rows lie, as `row_start` takes it."""
+
+    data: Tensor
+    layout: tuple[int, ...]
+
+
+class Scalars(NamedTuple):
+    """Explained in `triton_math.py`, as the switches are."""
+
+    k: float
+    k_t: float
+    unit: float
+    smoothing: float
+
+
+class Switches(NamedTuple):
+    """Which terms there are, and by which formulas they are computed."""
+
+    soft: bool
+    hard: bool
+    entropy: bool
+    smoothed: bool
+    exact: bool
+    root: int
+    power: int
+
+
 class Launch(NamedTuple):
     """How a row is laid over a program: its tiles are [groups, lanes, vector], its sections `section` columns."""
 
@@ -39,6 +70,13 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     section: int
+    shifted: bool = False  # some rows do not start at a multiple of a vector's bytes
+    alike: bool = True  # a row starts as far past such a multiple in student, teacher and gradient
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's own."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **ROUNDING}
 
 
 # Up to this many columns: (lanes, elements a lane takes at a time, section). A lane that takes 16 rescales its sums
@@ -123,49 +161,18 @@ def rows_forward(
     soft, hard, stats = (student.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows,), (rows, STATS)))
     if rows == 0:
         return soft, hard, stats
-    launch, sections = _launch(student, teacher)
-    kernels, scalars, switches = _kernels(), *_mathematics(options, student.dtype)
+    columns = vocabulary(student, teacher)
+    launch = _launch(columns, student, teacher)
+    sections, kernels = -(-columns // launch.section), _kernels()
     parts = student.new_empty((rows, sections, kernels.PARTS.value) if sections > 1 else 0, dtype=torch.float32)
-    values = (scalars.k, scalars.k_t, scalars.smoothing)
-    switches["ENTROPY"] = _entropy(options)
+    arguments = (
+        _rows(student), _rows(teacher), _numbers(targets), soft, hard, stats, parts, columns, sections,
+        _scalars(options, columns), _switches(options, student.dtype),
+    )  # fmt: skip
     with _on(student.device):
-        kernels.forward[(rows * sections,)](
-            student,
-            teacher,
-            targets,
-            soft,
-            hard,
-            stats,
-            parts,
-            _layout(student),
-            _layout(teacher),
-            targets.stride(0),
-            vocabulary(student, teacher),
-            sections,
-            *values,
-            **switches,
-            **shape_of(launch),
-            SHIFTED=_shifted(launch.vector, student, teacher),
-            ALIKE=_alike(launch.vector, student, teacher),
-            WHOLE=sections == 1,
-        )
+        kernels.forward[(rows * sections,)](*arguments, launch, sections == 1, **launch.options)
         if sections > 1:
-            kernels.finish[(rows,)](
-                student,
-                targets,
-                soft,
-                hard,
-                stats,
-                parts,
-                _layout(student),
-                targets.stride(0),
-                vocabulary(student, teacher),
-                sections,
-                *values,
-                **switches,
-                num_warps=1,
-                **ROUNDING,
-            )
+            kernels.finish[(rows,)](*arguments, num_warps=1, **ROUNDING)
     return soft, hard, stats
 
 
@@ -182,30 +189,26 @@ def rows_backward(
     rows = targets.numel()
     if rows == 0:
         return
-    launch, sections = _launch(student, teacher)
-    scalars, switches = _mathematics(options, student.dtype, vocabulary(student, teacher))
+    columns = vocabulary(student, teacher)
+    launch = _launch(columns, student, teacher, out)._replace(shifted=False)  # it aligns its columns itself
+    sections = -(-columns // launch.section)
+    switches = _switches(options, student.dtype)._replace(entropy=False)  # of the teacher: no matter to the student
     with _on(student.device):
         _kernels().backward[(rows * sections,)](
-            student,
-            teacher,
-            targets,
+            _rows(student),
+            _rows(teacher),
+            _numbers(targets),
             stats.contiguous(),
-            grad_soft,
-            grad_hard,
-            out,
-            _layout(student),
-            _layout(teacher),
-            _layout(out),
-            targets.stride(0),
-            grad_soft.stride(0),
-            grad_hard.stride(0),
-            vocabulary(student, teacher),
+            _numbers(grad_soft),
+            _numbers(grad_hard),
+            _rows(out),
+            columns,
             out.shape[-1],
             sections,
-            *scalars,
-            **switches,
-            **shape_of(launch),
-            ALIKE=_alike(launch.vector, student, teacher, out),
+            _scalars(options, columns),
+            switches,
+            launch,
+            **launch.options,
         )
 
 
@@ -218,7 +221,6 @@ def rows_fused(
     options: RowOptions,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    launch, sections = _launch(student, teacher)
     rows = targets.numel()
     # One program has a row here: too few of them leave the device idle, and the others' bits are the same.
     if rows < _multiprocessors(student.device):
@@ -227,85 +229,62 @@ def rows_fused(
         return soft, hard
     check_targets(student, teacher, targets)
     soft, hard = (student.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    scalars, switches = _mathematics(options, student.dtype, vocabulary(student, teacher))
+    columns = vocabulary(student, teacher)
+    launch = _launch(columns, student, teacher, out)
+    sections = -(-columns // launch.section)
     with _on(student.device):
         _kernels().fused[(rows,)](
-            student,
-            teacher,
-            targets,
+            _rows(student),
+            _rows(teacher),
+            _numbers(targets),
             soft,
             hard,
-            coef_soft,
-            coef_hard,
-            out,
-            _layout(student),
-            _layout(teacher),
-            _layout(out),
-            targets.stride(0),
-            coef_soft.stride(0),
-            coef_hard.stride(0),
-            vocabulary(student, teacher),
+            _numbers(coef_soft),
+            _numbers(coef_hard),
+            _rows(out),
+            columns,
             out.shape[-1],
             sections,
-            *scalars,
-            **switches,
-            ENTROPY=_entropy(options),
-            **shape_of(launch),
-            SHIFTED=_shifted(launch.vector, student, teacher),
-            ALIKE=_alike(launch.vector, student, teacher, out),
-            WHOLE=sections == 1,
+            _scalars(options, columns),
+            _switches(options, student.dtype),
+            launch,
+            sections == 1,
+            **launch.options,
         )
     return soft, hard
 
 
-class Scalars(NamedTuple):
-    """What the kernels know of temperatures. `k`, `k_t` and the switches are explained in `triton_math.py`."""
-
-    k: float
-    k_t: float
-    unit: float
-    smoothing: float
-
-
-def _mathematics(options: RowOptions, student: torch.dtype, columns: int = 0) -> tuple[Scalars, dict[str, Any]]:
+def _temperatures(options: RowOptions) -> tuple[float, float]:
     # Without the soft term there is one temperature: that of the hard term, 1.
-    temperature = options.temperature if options.soft else 1.0
-    teacher_temperature = options.teacher_temperature if options.soft else 1.0
-    root, power = _POWERS.get(temperature, (1, 0)) if options.hard else (1, 1)
+    return (options.temperature, options.teacher_temperature) if options.soft else (1.0, 1.0)
+
+
+def _scalars(options: RowOptions, columns: int) -> Scalars:
+    temperature, teacher_temperature = _temperatures(options)
     # In one column both probabilities are 1, whatever the last bit says.
     unit = 0.0 if columns == 1 else 1 / temperature
     log2e = math.log2(math.e)
-    return Scalars(log2e / temperature, log2e / teacher_temperature, unit, options.label_smoothing), {
-        "SOFT": options.soft,
-        "HARD": options.hard,
-        "SMOOTHED": options.hard and options.label_smoothing > 0,
-        "EXACT": student == torch.float32 and teacher_temperature == temperature,
-        "ROOT": root,
-        "POWER": power,
-    }
+    return Scalars(log2e / temperature, log2e / teacher_temperature, unit, options.label_smoothing)
 
 
-def _entropy(options: RowOptions) -> bool:
-    return options.soft and options.divergence == "cross_entropy"
+def _switches(options: RowOptions, student: torch.dtype) -> Switches:
+    temperature, teacher_temperature = _temperatures(options)
+    root, power = _POWERS.get(temperature, (1, 0)) if options.hard else (1, 1)
+    return Switches(
+        options.soft,
+        options.hard,
+        entropy=options.soft and options.divergence == "cross_entropy",
+        smoothed=options.hard and options.label_smoothing > 0,
+        exact=student == torch.float32 and teacher_temperature == temperature,
+        root=root,
+        power=power,
+    )
 
 
-def _launch(student: Tensor, teacher: Tensor) -> tuple[Launch, int]:
-    columns = vocabulary(student, teacher)
-    itemsize = max(student.element_size(), teacher.element_size())
-    launch = launch_for(columns, itemsize, _warp(student.device))
-    return launch, -(-columns // launch.section)
-
-
-def shape_of(launch: Launch) -> dict[str, int]:
-    return {
-        "GROUPS": launch.groups,
-        "LANES": launch.lanes,
-        "VECTOR": launch.vector,
-        "SECTION": launch.section,
-        "num_warps": launch.warps,
-        "num_stages": launch.stages,
-        **ROUNDING,
-    }
+def _launch(columns: int, student: Tensor, teacher: Tensor, *out: Tensor) -> Launch:
+    launch = launch_for(columns, max(student.element_size(), teacher.element_size()), _warp(student.device))
+    past = [_past_vectors(launch.vector, logits) for logits in (student, teacher, *out)]
+    return launch._replace(shifted=any(past[0]) or any(past[1]), alike=len(set(past)) == 1)
 
 
 def _past_vectors(vector: int, logits: Tensor) -> tuple[int, ...]:
@@ -315,21 +294,14 @@ def _past_vectors(vector: int, logits: Tensor) -> tuple[int, ...]:
     return first, *(stride % vector for size, stride in leading if size > 1)
 
 
-def _shifted(vector: int, *logits: Tensor) -> bool:
-    """Whether some rows do not start at a multiple of a vector's bytes."""
-    return any(any(_past_vectors(vector, x)) for x in logits)
-
-
-def _alike(vector: int, *logits: Tensor) -> bool:
-    """Whether a row starts as far past such a multiple in each of these."""
-    return len({_past_vectors(vector, x) for x in logits}) == 1
-
-
-def _layout(logits: Tensor) -> tuple[int, ...]:
-    """Strides and sizes of the leading dimensions, as `row_start` takes them."""
+def _rows(logits: Tensor) -> Rows:
     layout = leading_layout(logits) or [(1, 0)]
     flat = [number for size, stride in reversed(layout) for number in (stride, size)]
-    return tuple(flat[:-1])
+    return Rows(logits, tuple(flat[:-1]))
+
+
+def _numbers(one_a_row: Tensor) -> Rows:
+    return Rows(one_a_row, one_a_row.stride())
 
 
 def _on(device: torch.device) -> Any:

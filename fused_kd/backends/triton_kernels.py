@@ -1,8 +1,11 @@
 """The kernels of the Triton backend: how a row's logits reach `triton_math.py`, and its results memory.
 
 `triton.py` launches them: `forward` and `backward` with a program for each section of a row, `finish` where a row has
-several sections, and `fused` with a program for each row.
+several sections, and `fused` with a program for each row. It has the named tuples of their arguments, too: `Rows`,
+`Scalars`, and what the compiler knows, `Switches` and `Launch`.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -10,12 +13,14 @@ import triton.language as tl
 from fused_kd.backends import rows
 from fused_kd.backends.triton_math import (
     PARTS,
+    Part,
+    Stats,
     centre,
     extended,
     finished_hard,
     finished_soft,
     gradient,
-    gradient_scales,
+    gradient_coefficients,
     joined,
     merged,
     nothing,
@@ -49,10 +54,23 @@ def unread_value(target):
     return tl.where(target == SKIP, 0.0, float("nan"))
 
 
+class Row(NamedTuple):
+    """A row of logits."""
+
+    index: tl.tensor
+    student: tl.tensor  # where its logits begin
+    teacher: tl.tensor
+    target: tl.tensor
+    label: tl.tensor  # the column that the hard term counts as right, or -1: none
+    vocabulary: tl.tensor  # how many columns both have
+    sections: tl.tensor
+
+
 @triton.jit
-def label_of(target, HARD: tl.constexpr):
-    """The column of the label, or -1: no column."""
-    return tl.where(target >= 0, target, -1).to(tl.int32) if HARD else -1
+def row_of(index, target, student, teacher, vocabulary, sections, SWITCHES: tl.constexpr):
+    student_row, teacher_row = row_start(student, index), row_start(teacher, index)
+    label = tl.where(target >= 0, target, -1).to(tl.int32) if SWITCHES.hard else -1
+    return Row(index, student_row, teacher_row, target, label, vocabulary, sections)
 
 
 @triton.jit
@@ -81,114 +99,85 @@ def edge_tile(i, head, labelled, whole):
 
 
 @triton.jit
-def section_part(
-    student,
-    teacher,
-    section,
-    sections,
-    label,
-    vocabulary,
-    k,
-    k_t,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SECTION: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    ALIKE: tl.constexpr,
-    KEPT: tl.constexpr,
+def readers(
+    student, teacher, LANES: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, HALF: tl.constexpr = UNKNOWN
 ):
+    """Those of both logits."""
+    return reader(student, LANES, VECTOR, SHIFTED, HALF), reader(teacher, LANES, VECTOR, SHIFTED, HALF)
+
+
+@triton.jit
+def with_tile(
+    part, own, both, start, within, row, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.constexpr, EDGE: tl.constexpr,
+    KEPT: tl.constexpr,
+):  # fmt: skip
+    """The lanes' parts and centres with the tile from column `start` on. `both`: the readers."""
+    s = tile_of(both[0], start, row.vocabulary, LAUNCH.groups, LAUNCH.vector, EDGE, KEPT)
+    t = tile_of(both[1], start, row.vocabulary, LAUNCH.groups, LAUNCH.vector, EDGE, KEPT) if SWITCHES.soft else s
+    return extended(part, own, s, t, start + within, row.vocabulary, row.label, scalars, SWITCHES, EDGE)
+
+
+@triton.jit
+def section_part(row, section, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.constexpr, KEPT: tl.constexpr):
     """What one section of a row comes to."""
-    TILE: tl.constexpr = GROUPS * LANES * VECTOR
-    STUDENT: tl.constexpr = student.dtype.element_ty
-    TEACHER: tl.constexpr = teacher.dtype.element_ty
-    first = section * SECTION
-    last = section == sections - 1
-    head, plain, labelled, edges, whole = section_tiles(first, 0, vocabulary, last, label, SECTION, TILE)
-    within = tile_columns(0, GROUPS, LANES, VECTOR)
+    LANES: tl.constexpr = LAUNCH.lanes  # (In a list, Triton 3.6 wants a name.)
+    TILE: tl.constexpr = LAUNCH.groups * LANES * LAUNCH.vector
+    first = section * LAUNCH.section
+    last = section == row.sections - 1
+    head, plain, labelled, edges, whole = section_tiles(first, 0, row.vocabulary, last, row.label, LAUNCH.section, TILE)
+    within = tile_columns(0, LAUNCH.groups, LANES, LAUNCH.vector)
     part = nothing(tl.zeros([LANES], tl.float32))
-    own = centre(part[0], part[1], k, k_t, EXACT, ROOT)
+    own = centre(part.point_s, part.point_t, scalars, SWITCHES)
     # Where rows lie alike, there is a loop for each half of 16 bytes that they may begin in, and all but one are empty:
     # a choice between registers would cost an instruction a pair.
-    HALVES: tl.constexpr = SHIFTED and ALIKE and STUDENT == TEACHER
+    HALVES: tl.constexpr = LAUNCH.shifted and LAUNCH.alike and row.student.dtype == row.teacher.dtype
     for HALF in tl.static_range(0 if HALVES else UNKNOWN, UNKNOWN if HALVES else UNKNOWN + 1):
-        students = reader(student, LANES, VECTOR, SHIFTED, HALF)
-        teachers = reader(teacher, LANES, VECTOR, SHIFTED, HALF)
-        here = tl.where(half_of(student) == HALF, plain, 0) if HALVES else plain
+        both = readers(row.student, row.teacher, LANES, LAUNCH.vector, LAUNCH.shifted, HALF)
+        here = tl.where(half_of(row.student) == HALF, plain, 0) if HALVES else plain
         for i in range(first, first + here, TILE):
             start = tl.where(i == first + labelled, first + plain, i)
-            s = tile_of(students, start, vocabulary, STUDENT, GROUPS, VECTOR, SHIFTED, False, KEPT)
-            t = tile_of(teachers, start, vocabulary, TEACHER, GROUPS, VECTOR, SHIFTED, False, KEPT) if SOFT else s
-            part, own = extended(
-                part, own, s, t, start + within, vocabulary, label, k, k_t,
-                SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER, False,
-            )  # fmt: skip
-    students = reader(student, LANES, VECTOR, SHIFTED, UNKNOWN)
-    teachers = reader(teacher, LANES, VECTOR, SHIFTED, UNKNOWN)
+            part, own = with_tile(part, own, both, start, within, row, scalars, SWITCHES, LAUNCH, False, KEPT)
+    both = readers(row.student, row.teacher, LANES, LAUNCH.vector, LAUNCH.shifted)
     for i in range(edges):
         start = first + edge_tile(i, head, labelled, whole)
-        s = tile_of(students, start, vocabulary, STUDENT, GROUPS, VECTOR, SHIFTED, True, KEPT)
-        t = tile_of(teachers, start, vocabulary, TEACHER, GROUPS, VECTOR, SHIFTED, True, KEPT) if SOFT else s
-        part, own = extended(
-            part, own, s, t, start + within, vocabulary, label, k, k_t,
-            SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER, True,
-        )  # fmt: skip
-    return merged(part, own, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER)
+        part, own = with_tile(part, own, both, start, within, row, scalars, SWITCHES, LAUNCH, True, KEPT)
+    return merged(part, own, scalars, SWITCHES)
 
 
 @triton.jit
-def finish_row(
-    part,
-    student,
-    row,
-    target,
-    vocabulary,
-    k,
-    k_t,
-    smoothing,
-    soft,
-    hard,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-):
-    """Writes the row's terms; gives its stats, in their order."""
-    zero = part[0] * 0.0
+def finish_row(part, row, scalars, soft, hard, SWITCHES: tl.constexpr):
+    """Writes the row's terms; gives its stats."""
+    zero = part.point_s * 0.0
     soft_value, student_sum, teacher_sum, log_ratio = zero, zero, zero, zero
     hard_value, hard_sum, miss = zero, zero, zero
-    if SOFT:
-        soft_value, student_sum, teacher_sum, log_ratio = finished_soft(part, k, k_t, ENTROPY, EXACT, ROOT)
+    if SWITCHES.soft:
+        soft_value, student_sum, teacher_sum, log_ratio = finished_soft(part, scalars, SWITCHES)
         # In one column both probabilities are 1, whatever the last bit says. (NaN stays.)
-        soft_value *= tl.where((vocabulary == 1) & (soft_value < 1), 0.0, 1.0)
-    if HARD:
-        if target >= 0:
-            logit = tl.load(student + target).to(tl.float32)
-            hard_value, hard_sum, miss = finished_hard(
-                part, logit, vocabulary, smoothing, k, SMOOTHED, EXACT, ROOT, POWER
-            )
-    tl.store(soft + row, soft_value)
-    tl.store(hard + row, hard_value)
-    return part[0], part[1], student_sum, teacher_sum, log_ratio, hard_sum, miss, zero, zero
+        soft_value *= tl.where((row.vocabulary == 1) & (soft_value < 1), 0.0, 1.0)
+    if SWITCHES.hard:
+        if row.target >= 0:
+            logit = tl.load(row.student + row.target).to(tl.float32)
+            hard_value, hard_sum, miss = finished_hard(part, logit, row.vocabulary, scalars, SWITCHES)
+    tl.store(soft + row.index, soft_value)
+    tl.store(hard + row.index, hard_value)
+    return Stats(part.point_s, part.point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, zero, zero)
 
 
 @triton.jit
-def finish_unread_row(row, target, soft, hard):
+def finish_unread_row(index, target, soft, hard):
     """The same for a row without a term."""
     value = unread_value(target)
-    tl.store(soft + row, value)
-    tl.store(hard + row, value)
-    return value, value, value, value, value, value, value, value, value
+    tl.store(soft + index, value)
+    tl.store(hard + index, value)
+    return Stats(value, value, value, value, value, value, value, value, value)
+
+
+@triton.jit
+def load_all(at, COUNT: tl.constexpr):
+    values = ()
+    for i in tl.static_range(COUNT):
+        values += (tl.load(at + i),)  # type: ignore[assignment]
+    return values
 
 
 @triton.jit
@@ -206,173 +195,123 @@ def forward(
     hard,
     stats,
     parts,
-    student_layout,
-    teacher_layout,
-    targets_stride,
     vocabulary,
     sections,
-    k,
-    k_t,
-    smoothing,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SECTION: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    ALIKE: tl.constexpr,
+    scalars,
+    SWITCHES: tl.constexpr,
+    LAUNCH: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """One section of one row. WHOLE: it is the whole row; else `finish` puts the row's sections together."""
-    row = tl.program_id(0) // sections
+    index = tl.program_id(0) // sections
     section = tl.program_id(0) % sections
-    target = tl.load(targets + row.to(tl.int64) * targets_stride)
+    target = tl.load(row_start(targets, index))
+    at = stats + index.to(tl.int64) * STATS
     if readable(target, vocabulary):
-        student += row_start(row, student_layout)
-        teacher += row_start(row, teacher_layout)
-        label = label_of(target, HARD)
-        part = section_part(
-            student, teacher, section, sections, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-            EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, ALIKE, False,
-        )  # fmt: skip
+        row = row_of(index, target, student, teacher, vocabulary, sections, SWITCHES)
+        part = section_part(row, section, scalars, SWITCHES, LAUNCH, KEPT=False)
         if WHOLE:
-            values = finish_row(
-                part, student, row, target, vocabulary, k, k_t, smoothing, soft, hard,
-                SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER,
-            )  # fmt: skip
-            store_all(stats + row.to(tl.int64) * STATS, values)
+            store_all(at, finish_row(part, row, scalars, soft, hard, SWITCHES))
         else:
             store_all(parts + tl.program_id(0).to(tl.int64) * PARTS, part)
     elif WHOLE:
-        store_all(stats + row.to(tl.int64) * STATS, finish_unread_row(row, target, soft, hard))
+        store_all(at, finish_unread_row(index, target, soft, hard))
 
 
 @triton.jit
 def finish(
     student,
+    teacher,
     targets,
     soft,
     hard,
     stats,
     parts,
-    student_layout,
-    targets_stride,
     vocabulary,
     sections,
-    k,
-    k_t,
-    smoothing,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
+    scalars,
+    SWITCHES: tl.constexpr,
 ):
     """Puts the sections of a row together, from left to right."""
-    row = tl.program_id(0)
-    target = tl.load(targets + row.to(tl.int64) * targets_stride)
+    index = tl.program_id(0)
+    target = tl.load(row_start(targets, index))
+    at = stats + index.to(tl.int64) * STATS
     if readable(target, vocabulary):
-        parts += row.to(tl.int64) * sections * PARTS
-        part = nothing(smoothing)
+        row = row_of(index, target, student, teacher, vocabulary, sections, SWITCHES)
+        parts += index.to(tl.int64) * sections * PARTS
+        part = nothing(scalars.smoothing)
         for section in range(sections):
-            at = parts + section * PARTS
-            next_part = (
-                tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
-                tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9),
-                tl.load(at + 10),
-            )  # fmt: skip
-            part = joined(part, next_part, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER)
-        values = finish_row(
-            part, student + row_start(row, student_layout), row, target, vocabulary, k, k_t, smoothing, soft, hard,
-            SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER,
-        )  # fmt: skip
-        store_all(stats + row.to(tl.int64) * STATS, values)
+            next_part = Part(*load_all(parts + section * PARTS, PARTS))
+            part = joined(part, next_part, scalars, SWITCHES)
+        store_all(at, finish_row(part, row, scalars, soft, hard, SWITCHES))
     else:
-        store_all(stats + row.to(tl.int64) * STATS, finish_unread_row(row, target, soft, hard))
+        store_all(at, finish_unread_row(index, target, soft, hard))
 
 
 @triton.jit
-def section_gradient(
-    student,
-    teacher,
-    out,
-    section,
-    sections,
-    label,
-    vocabulary,
-    scales,
-    k,
-    k_t,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SECTION: tl.constexpr,
-    ALIKE: tl.constexpr,
-):
+def tile_gradient(
+    both, start, begin, end, within, label, coefficients, scalars, SWITCHES: tl.constexpr, VECTOR: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the vectors from `start` on. `both`: the readers."""
+    FINE: tl.constexpr = both[0][0].dtype.element_ty == tl.float32
+    s = loaded(both[0], start, begin, end, VECTOR, EDGE, False)
+    t = loaded(both[1], start, begin, end, VECTOR, EDGE, False) if SWITCHES.soft else s
+    return gradient(s, t, start + within, label, coefficients, scalars, SWITCHES, FINE, EDGE)
+
+
+@triton.jit
+def section_gradient(row, out, section, coefficients, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.constexpr):
     """Writes the gradient of one section of a row; `out` may be the student's logits themselves.
 
-    Columns are counted from a multiple of a vector's bytes of `out`, at or before its first. ALIKE: which is one of the
-    logits' too.
+    Columns are counted from a multiple of a vector's bytes of `out`, at or before its first. Where rows lie alike, it
+    is one of the logits' too.
     """
-    TILE: tl.constexpr = GROUPS * LANES * VECTOR
-    STUDENT: tl.constexpr = student.dtype.element_ty
-    TEACHER: tl.constexpr = teacher.dtype.element_ty
-    FINE: tl.constexpr = STUDENT == tl.float32
-    aligned = floored(out, VECTOR * (STUDENT.primitive_bitwidth // 8))
+    VECTORS: tl.constexpr = LAUNCH.groups * LAUNCH.lanes
+    VECTOR: tl.constexpr = LAUNCH.vector
+    TILE: tl.constexpr = VECTORS * VECTOR
+    SHIFTED: tl.constexpr = not LAUNCH.alike
+    aligned = floored(out, VECTOR * (out.dtype.element_ty.primitive_bitwidth // 8))
     begin = columns_between(aligned, out)
-    end = begin + vocabulary
-    label = tl.where(label >= 0, begin + label, -1)
-    first = section * SECTION
-    last = section == sections - 1
-    head, plain, labelled, edges, whole = section_tiles(first, begin, end, last, label, SECTION, TILE)
+    end = begin + row.vocabulary
+    label = tl.where(row.label >= 0, begin + row.label, -1)
+    first = section * LAUNCH.section
+    last = section == row.sections - 1
+    head, plain, labelled, edges, whole = section_tiles(first, begin, end, last, label, LAUNCH.section, TILE)
     # VECTOR wide, so that logits of both dtypes lie in the threads alike. From the first tile, so that the loop has
     # one number to add.
-    student_at, teacher_at, out_at = student - begin + first, teacher - begin + first, aligned + first
-    students = reader(student_at, GROUPS * LANES, VECTOR, not ALIKE, UNKNOWN)
-    teachers = reader(teacher_at, GROUPS * LANES, VECTOR, not ALIKE, UNKNOWN)
-    within = tile_columns(first, 1, GROUPS * LANES, VECTOR)
-    out_tile = reader(out_at, GROUPS * LANES, VECTOR, False, UNKNOWN)[0][:, None] + tl.arange(0, VECTOR)[None, :]
+    student_at, teacher_at, out_at = row.student - begin + first, row.teacher - begin + first, aligned + first
+    both = readers(student_at, teacher_at, VECTORS, VECTOR, SHIFTED)
+    within = tile_columns(first, 1, VECTORS, VECTOR)
+    out_tile = reader(out_at, VECTORS, VECTOR, False, UNKNOWN)[0][:, None] + tl.arange(0, VECTOR)[None, :]
     begin -= first
     end -= first
     for i in range(head, plain, TILE):
         start = tl.where(i == labelled, plain, i)
-        s = loaded(students, start, begin, end, STUDENT, VECTOR, not ALIKE, False, False)
-        t = loaded(teachers, start, begin, end, TEACHER, VECTOR, not ALIKE, False, False) if SOFT else s
-        g = gradient(s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, False)
-        tl.store(out_tile + start, g.to(STUDENT), cache_modifier=".cs")
+        g = tile_gradient(both, start, begin, end, within, label, coefficients, scalars, SWITCHES, VECTOR, False)
+        tl.store(out_tile + start, g, cache_modifier=".cs")
     for i in range(edges):  # their whole vectors
         start = edge_tile(i, head, labelled, whole)
-        s = loaded(students, start, begin, end, STUDENT, VECTOR, not ALIKE, True, False)
-        t = loaded(teachers, start, begin, end, TEACHER, VECTOR, not ALIKE, True, False) if SOFT else s
-        g = gradient(s, t, start + within, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, True)
-        vector = start + tl.arange(0, GROUPS * LANES) * VECTOR
+        g = tile_gradient(both, start, begin, end, within, label, coefficients, scalars, SWITCHES, VECTOR, True)
+        vector = start + tl.arange(0, VECTORS) * VECTOR
         inside = (vector >= begin) & (vector + VECTOR <= end)
-        tl.store(out_tile + start, g.to(STUDENT), mask=inside[:, None], cache_modifier=".cs")
+        tl.store(out_tile + start, g, mask=inside[:, None], cache_modifier=".cs")
     # The row's first and last columns, where they do not fill a vector. Those of the logits may lie at any address.
     ragged_end = last & (end % VECTOR > 0) & ((begin <= 0) | (end >= VECTOR))
     for i in range(tl.where(begin > 0, 0, 1), tl.where(ragged_end, 2, 1)):
         start = tl.where(i == 0, 0, end // VECTOR * VECTOR)
-        one_student = reader(student_at + start, 1, VECTOR, not ALIKE, UNKNOWN)
-        one_teacher = reader(teacher_at + start, 1, VECTOR, not ALIKE, UNKNOWN)
+        one = readers(student_at + start, teacher_at + start, 1, VECTOR, SHIFTED)
         columns = tile_columns(start, 1, 1, VECTOR)
-        s = loaded(one_student, 0, begin - start, end - start, STUDENT, VECTOR, not ALIKE, True, False)
-        t = loaded(one_teacher, 0, begin - start, end - start, TEACHER, VECTOR, not ALIKE, True, False) if SOFT else s
-        g = gradient(s, t, first + columns, label, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, FINE, True)
-        tl.store(out_at + columns, g.to(STUDENT), mask=(columns >= begin) & (columns < end))
+        g = tile_gradient(
+            one, 0, begin - start, end - start, first + columns, label, coefficients, scalars, SWITCHES, VECTOR, True
+        )
+        tl.store(out_at + columns, g, mask=(columns >= begin) & (columns < end))
+
+
+@triton.jit
+def coefficients_of(stats, index, target, coef_soft, coef_hard, vocabulary, scalars, SWITCHES: tl.constexpr):
+    soft, hard = tl.load(row_start(coef_soft, index)), tl.load(row_start(coef_hard, index))
+    return gradient_coefficients(stats, target, soft, hard, vocabulary, scalars, SWITCHES)
 
 
 @triton.jit
@@ -384,57 +323,29 @@ def backward(
     coef_soft,
     coef_hard,
     out,
-    student_layout,
-    teacher_layout,
-    out_layout,
-    targets_stride,
-    soft_stride,
-    hard_stride,
     vocabulary,
     width,
     sections,
-    k,
-    k_t,
-    unit,
-    smoothing,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SECTION: tl.constexpr,
-    ALIKE: tl.constexpr,
+    scalars,
+    SWITCHES: tl.constexpr,
+    LAUNCH: tl.constexpr,
 ):
     """The gradient of one section of one row. `out` has `width` columns: 0 in those that the teacher lacks."""
-    row = tl.program_id(0) // sections
+    index = tl.program_id(0) // sections
     section = tl.program_id(0) % sections
-    target = tl.load(targets + row.to(tl.int64) * targets_stride)
-    out += row_start(row, out_layout)
-    TILE: tl.constexpr = GROUPS * LANES * VECTOR
+    target = tl.load(row_start(targets, index))
+    out_row = row_start(out, index)
+    TILE: tl.constexpr = LAUNCH.groups * LAUNCH.lanes * LAUNCH.vector
     if readable(target, vocabulary):
-        at = stats + row.to(tl.int64) * STATS
-        values = (
-            tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
-            tl.load(at + 6),
-        )  # fmt: skip
-        scales = gradient_scales(
-            values, target, tl.load(coef_soft + row.to(tl.int64) * soft_stride),
-            tl.load(coef_hard + row.to(tl.int64) * hard_stride), vocabulary, k, k_t, unit, smoothing,
-            SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER,
-        )  # fmt: skip
-        section_gradient(
-            student + row_start(row, student_layout), teacher + row_start(row, teacher_layout), out, section, sections,
-            label_of(target, HARD), vocabulary, scales, k, k_t, SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER,
-            GROUPS, LANES, VECTOR, SECTION, ALIKE,
-        )  # fmt: skip
+        kept = Stats(*load_all(stats + index.to(tl.int64) * STATS, STATS))
+        coefficients = coefficients_of(kept, index, target, coef_soft, coef_hard, vocabulary, scalars, SWITCHES)
+        row = row_of(index, target, student, teacher, vocabulary, sections, SWITCHES)
+        section_gradient(row, out_row, section, coefficients, scalars, SWITCHES, LAUNCH)
     else:
-        fill(out, section * SECTION, tl.minimum((section + 1) * SECTION, vocabulary), unread_value(target), TILE)
+        first = section * LAUNCH.section
+        fill(out_row, first, tl.minimum(first + LAUNCH.section, vocabulary), unread_value(target), TILE)
     if section == sections - 1:
-        fill(out, vocabulary, width, 0.0, TILE)
+        fill(out_row, vocabulary, width, 0.0, TILE)
 
 
 @triton.jit
@@ -447,71 +358,33 @@ def fused(
     coef_soft,
     coef_hard,
     out,
-    student_layout,
-    teacher_layout,
-    out_layout,
-    targets_stride,
-    soft_stride,
-    hard_stride,
     vocabulary,
     width,
     sections,
-    k,
-    k_t,
-    unit,
-    smoothing,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SECTION: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    ALIKE: tl.constexpr,
+    scalars,
+    SWITCHES: tl.constexpr,
+    LAUNCH: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """A row's terms and its gradient in one visit: the sections read last, and still in the cache, come first again."""
-    row = tl.program_id(0)
-    target = tl.load(targets + row.to(tl.int64) * targets_stride)
-    out += row_start(row, out_layout)
-    TILE: tl.constexpr = GROUPS * LANES * VECTOR
+    index = tl.program_id(0)
+    target = tl.load(row_start(targets, index))
+    out_row = row_start(out, index)
+    TILE: tl.constexpr = LAUNCH.groups * LAUNCH.lanes * LAUNCH.vector
     if readable(target, vocabulary):
-        student += row_start(row, student_layout)
-        teacher += row_start(row, teacher_layout)
-        label = label_of(target, HARD)
+        row = row_of(index, target, student, teacher, vocabulary, sections, SWITCHES)
         if WHOLE:
-            part = section_part(
-                student, teacher, 0, 1, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-                EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, ALIKE, True,
-            )  # fmt: skip
+            part = section_part(row, 0, scalars, SWITCHES, LAUNCH, KEPT=True)
         else:
-            part = nothing(smoothing)
+            part = nothing(scalars.smoothing)
             for section in range(sections):
-                next_part = section_part(
-                    student, teacher, section, sections, label, vocabulary, k, k_t, SOFT, HARD, ENTROPY, SMOOTHED,
-                    EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, SHIFTED, ALIKE, True,
-                )  # fmt: skip
-                part = joined(part, next_part, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER)
-        values = finish_row(
-            part, student, row, target, vocabulary, k, k_t, smoothing, soft, hard,
-            SOFT, HARD, ENTROPY, SMOOTHED, EXACT, ROOT, POWER,
-        )  # fmt: skip
-        scales = gradient_scales(
-            values, target, tl.load(coef_soft + row.to(tl.int64) * soft_stride),
-            tl.load(coef_hard + row.to(tl.int64) * hard_stride), vocabulary, k, k_t, unit, smoothing,
-            SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER,
-        )  # fmt: skip
+                next_part = section_part(row, section, scalars, SWITCHES, LAUNCH, KEPT=True)
+                part = joined(part, next_part, scalars, SWITCHES)
+        stats = finish_row(part, row, scalars, soft, hard, SWITCHES)
+        coefficients = coefficients_of(stats, index, target, coef_soft, coef_hard, vocabulary, scalars, SWITCHES)
         for i in range(sections):
-            section_gradient(
-                student, teacher, out, sections - 1 - i, sections, label, vocabulary, scales, k, k_t,
-                SOFT, HARD, SMOOTHED, EXACT, ROOT, POWER, GROUPS, LANES, VECTOR, SECTION, ALIKE,
-            )  # fmt: skip
+            section_gradient(row, out_row, sections - 1 - i, coefficients, scalars, SWITCHES, LAUNCH)
     else:
-        finish_unread_row(row, target, soft, hard)
-        fill(out, 0, vocabulary, unread_value(target), TILE)
-    fill(out, vocabulary, width, 0.0, TILE)
+        finish_unread_row(index, target, soft, hard)
+        fill(out_row, 0, vocabulary, unread_value(target), TILE)
+    fill(out_row, vocabulary, width, 0.0, TILE)

@@ -11,28 +11,19 @@ The log2 scale. Exponentials are powers of 2, and delta is on that scale too:
     delta = (s k - S) - (t k_t - T) - lag,  so e_s 2^-lag = e_t 2^delta
     B1 = sum e_t delta    B2 = sum e_t phi(delta),   phi(delta) = 2^delta - 1 - delta ln 2 >= 0
 
-EXACT, for float32 students: delta comes from s - t, which has no rounding where the two are close; references lie on
-a grid, on which differences have none; and the lag is what the grid leaves over, so that delta is 0 at the points. (A
-teacher that is sure of one token leaves nothing else to see.) Logits of 16 bits are never so close that the difference
-of the exponents would not do: there the references are the points' own exponents, and the lag is 0.
+SWITCHES.exact, for float32 students: delta comes from s - t, which has no rounding where the two are close; references
+lie on a grid, on which differences have none; and the lag is what the grid leaves over, so that delta is 0 at the
+points. (A teacher that is sure of one token leaves nothing else to see.) Logits of 16 bits are never so close that the
+difference of the exponents would not do: there the references are the points' own exponents, and the lag is 0.
 
-Powers. At some temperatures exp(s / tau) = u^ROOT and exp(s) = u^POWER; POWER = 0 where they are not.
-
-A part is what has been read of a row by one lane, by one program or by all; scalars, or one number a lane:
-
-    point_s, point_t  what the rest is measured from: a lane's maxima
-    z_s, z_t, b1, b2  the soft term; z_s is the sum of e_s 2^-lag
-    h, rest           sums of e_t log2(e_t) and e_t over the columns that do not lie at point_t, for the teacher's
-                      entropy: of a sure teacher it is what z_t has beside 1, and would lose
-    z_1               sum of exp(s) over the columns other than the label
-    total             sum of s, for label smoothing
-    excess            EXACT: sum of e_s 2^-lag - e_t. It is B1 ln 2 + B2, but the two may be large and cancel
+SWITCHES.root, SWITCHES.power: at some temperatures exp(s / tau) = u^root and exp(s) = u^power; power = 0 where they are
+not.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-
-PARTS = tl.constexpr(11)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -48,6 +39,66 @@ SMALL = tl.constexpr(0.18)
 SMALL_16 = tl.constexpr(0.02)
 # How far above its point, on the log2 scale, a logit may lie.
 REACH = tl.constexpr(60.0)
+
+
+class Part(NamedTuple):
+    """What has been read of a row by one lane, by one program or by all: scalars, or one number a lane."""
+
+    point_s: tl.tensor  # what the rest is measured from: a lane's maxima
+    point_t: tl.tensor
+    z_s: tl.tensor  # the sum of e_s 2^-lag
+    z_t: tl.tensor
+    b1: tl.tensor
+    b2: tl.tensor
+    h: tl.tensor  # e_t log2(e_t) over the columns that do not lie at point_t, for the teacher's entropy
+    z_1: tl.tensor  # exp(s) over the columns other than the label
+    total: tl.tensor  # s, for label smoothing
+    excess: tl.tensor  # exact: e_s 2^-lag - e_t. It is B1 ln 2 + B2, but the two may be large and cancel
+    rest: tl.tensor  # e_t where h is summed up: of a sure teacher it is what z_t has beside 1, and would lose
+
+
+PARTS = tl.constexpr(len(Part._fields))
+
+
+class Centre(NamedTuple):
+    """The points that a part is measured from, and what goes with them."""
+
+    point_s: tl.tensor
+    point_t: tl.tensor
+    root: tl.tensor  # of S: S / root of the switches
+    at_t: tl.tensor  # T
+    lag: tl.tensor
+    apart: tl.tensor  # as `between` has it
+    then: tl.tensor
+
+
+class Stats(NamedTuple):
+    """What the gradient of a row takes from its terms."""
+
+    point_s: tl.tensor
+    point_t: tl.tensor
+    student_sum: tl.tensor
+    teacher_sum: tl.tensor
+    log_ratio: tl.tensor
+    hard_sum: tl.tensor
+    miss: tl.tensor
+    growth: tl.tensor  # of other divergences
+    top: tl.tensor
+
+
+class Coefficients(NamedTuple):
+    """Of gradient = by_t (ratio e_s - e_t) + by_1 e_1 + constant; at the label, at_label in the place of by_1 e_1."""
+
+    point_s: tl.tensor
+    point_t: tl.tensor
+    apart: tl.tensor
+    then: tl.tensor
+    by_t: tl.tensor
+    ratio: tl.tensor
+    log_ratio: tl.tensor
+    by_1: tl.tensor
+    constant: tl.tensor
+    at_label: tl.tensor
 
 
 @triton.jit
@@ -92,38 +143,39 @@ def power(u, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def student_exponent(s, point_s, k, EXACT: tl.constexpr, ROOT: tl.constexpr):
-    """log2 of the ROOT-th root of exp(s / tau)."""
-    return tl.fma(s, k / ROOT, -reference(point_s, k / ROOT, EXACT))
+def student_exponent(s, point_s, scalars, SWITCHES: tl.constexpr):
+    """log2 of the root of exp(s / tau) that the switches name."""
+    k = scalars.k / SWITCHES.root
+    return tl.fma(s, k, -reference(point_s, k, SWITCHES.exact))
 
 
 @triton.jit
-def student_exponentials(x_s, s, point_s, k, EXACT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+def student_exponentials(x_s, s, point_s, scalars, SWITCHES: tl.constexpr):
     """exp(s / tau) and exp(s)."""
     u = tl.exp2(x_s)
-    e_s = power(u, ROOT)
-    e_1 = power(u, POWER) if POWER else tl.exp2(hard_exponent(s, point_s, k, EXACT, ROOT, POWER))
+    e_s = power(u, SWITCHES.root)
+    e_1 = power(u, SWITCHES.power) if SWITCHES.power else tl.exp2(hard_exponent(s, point_s, scalars, SWITCHES))
     return e_s, e_1
 
 
 @triton.jit
-def hard_exponent(s, point_s, k, EXACT: tl.constexpr, ROOT: tl.constexpr, POWER: tl.constexpr):
+def hard_exponent(s, point_s, scalars, SWITCHES: tl.constexpr):
     """log2 of exp(s), from where `student_exponentials` measures it."""
-    if POWER:
-        exponent = POWER * student_exponent(s, point_s, k, EXACT, ROOT)
+    if SWITCHES.power:
+        exponent = SWITCHES.power * student_exponent(s, point_s, scalars, SWITCHES)
     else:
-        exponent = tl.fma(s, LOG2E, -reference(point_s, LOG2E, EXACT))
+        exponent = tl.fma(s, LOG2E, -reference(point_s, LOG2E, SWITCHES.exact))
     return exponent
 
 
 @triton.jit
-def teacher_exponent(t, point_t, k_t, EXACT: tl.constexpr):
-    return tl.fma(t, k_t, -reference(point_t, k_t, EXACT))
+def teacher_exponent(t, point_t, scalars, SWITCHES: tl.constexpr):
+    return tl.fma(t, scalars.k_t, -reference(point_t, scalars.k_t, SWITCHES.exact))
 
 
 @triton.jit
 def log2_ratio(x_s, x_t, ROOT: tl.constexpr):
-    """delta of columns that are not EXACT."""
+    """delta where the switches do not say exact."""
     return tl.fma(x_s, ROOT, -x_t) if ROOT > 1 else x_s - x_t
 
 
@@ -150,28 +202,29 @@ def log1p_less(x):
 def nothing(like):
     """The part of a row of which nothing was read, in the shape of `like`."""
     zero = like * 0.0
-    return (zero + LOWEST, zero + LOWEST, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    return Part(zero + LOWEST, zero + LOWEST, zero, zero, zero, zero, zero, zero, zero, zero, zero)
 
 
 @triton.jit
-def centre(point_s, point_t, k, k_t, EXACT: tl.constexpr, ROOT: tl.constexpr):
-    """What goes with a part's points: the root of S, T, the lag, and how far they are apart as `between` has it."""
-    root = reference(point_s, k / ROOT, EXACT)
-    at_t = reference(point_t, k_t, EXACT)
-    apart = point_s - point_t
+def centre(point_s, point_t, scalars, SWITCHES: tl.constexpr):
+    root = reference(point_s, scalars.k / SWITCHES.root, SWITCHES.exact)
+    at_t = reference(point_t, scalars.k_t, SWITCHES.exact)
     lag = root * 0.0
-    if EXACT:
-        lag = apart * k - (ROOT * root - at_t)
+    if SWITCHES.exact:
+        lag = (point_s - point_t) * scalars.k - (SWITCHES.root * root - at_t)
         lag = tl.where(tl.abs(lag) < 0.0625, lag, 0.0)  # no column is there, or one too large for a grid
     apart, then = between(point_s, point_t)
-    return root, at_t, apart, lag, then
+    return Centre(point_s, point_t, root, at_t, lag, apart, then)
 
 
 @triton.jit
-def delta_between(own, to, k, EXACT: tl.constexpr, ROOT: tl.constexpr):
+def delta_between(own, to, scalars, SWITCHES: tl.constexpr):
     """What delta grows by from one centre to another."""
-    # (What lies on the grid has exact differences; point_s - point_t has none.)
-    return ((own[2] - to[2]) + (own[4] - to[4])) * k if EXACT else ROOT * (own[0] - to[0]) - (own[1] - to[1])
+    if SWITCHES.exact:  # (What lies on the grid has exact differences; point_s - point_t has none.)
+        grown = ((own.apart - to.apart) + (own.then - to.then)) * scalars.k
+    else:
+        grown = SWITCHES.root * (own.root - to.root) - (own.at_t - to.at_t)
+    return grown
 
 
 @triton.jit
@@ -182,23 +235,23 @@ def unlagged(lag):
 
 
 @triton.jit
-def moved(
-    part, own, point_s, point_t, to, k, k_t, SOFT: tl.constexpr, ENTROPY: tl.constexpr, EXACT: tl.constexpr,
-    ROOT: tl.constexpr, POWER: tl.constexpr, LAST: tl.constexpr = True,
-):  # fmt: skip
+def moved(part, own, to, scalars, SWITCHES: tl.constexpr, LAST: tl.constexpr = True):
     """The part, from its `own` centre to another: none so far below its own that an exponential overflows.
 
     Not LAST: of a lane, which is one of many and will be moved again.
     """
     own_s, own_t, z_s, z_t, b1, b2, h, z_1, total, excess, rest = part
-    down_root = own[0] - to[0]
-    down_1 = POWER * down_root if POWER else reference(own_s, LOG2E, EXACT) - reference(point_s, LOG2E, EXACT)
+    down_root = own.root - to.root
+    if SWITCHES.power:
+        down_1 = SWITCHES.power * down_root
+    else:
+        down_1 = reference(own_s, LOG2E, SWITCHES.exact) - reference(to.point_s, LOG2E, SWITCHES.exact)
     z_1 *= tl.exp2(down_1)
-    if SOFT:
-        down_s = ROOT * down_root
-        down_t = own[1] - to[1]
-        d = delta_between(own, to, k, EXACT, ROOT)
-        by_s = tl.exp2(down_s + (own[3] - to[3]) if EXACT else down_s)
+    if SWITCHES.soft:
+        down_s = SWITCHES.root * down_root
+        down_t = own.at_t - to.at_t
+        d = delta_between(own, to, scalars, SWITCHES)
+        by_s = tl.exp2(down_s + (own.lag - to.lag) if SWITCHES.exact else down_s)
         by_t = tl.exp2(down_t)
         bend = by_t * (d * d * phi_over_square(d, 3))
         near = tl.abs(d) < SMALL
@@ -206,13 +259,13 @@ def moved(
         bend = tl.where(near, bend, tl.fma(by_t * d, -LN2, growth))  # by_t phi(d)
         far = b2 > z_s
         b2 = tl.fma(bend, z_t, tl.fma(growth, b1 * LN2, by_s * b2))
-        if EXACT:
+        if SWITCHES.exact:
             excess = tl.fma(growth, z_t, by_s * excess)
         b1 = tl.where(by_t > 0, by_t * tl.fma(d, z_t, b1), 0.0)  # b1 may be -inf
-        if ENTROPY:
+        if SWITCHES.entropy:
             # What lay at its point, at the exponent that the reference leaves over, does no more.
-            here = own_t == point_t
-            left_over = tl.where(z_t > 0, teacher_exponent(own_t, own_t, k_t, EXACT), 0.0)
+            here = own_t == to.point_t
+            left_over = tl.where(z_t > 0, teacher_exponent(own_t, own_t, scalars, SWITCHES), 0.0)
             h = tl.where(here, h, by_t * tl.fma(down_t, z_t, tl.fma(z_t - rest, left_over, h)))
             rest = tl.where(here, rest, by_t * z_t)
         z_s *= by_s
@@ -221,163 +274,125 @@ def moved(
             # Far from the teacher those terms cancel; what they leave is in z_s and z_t.
             b2 = tl.where(far, (z_s - z_t) - b1 * LN2, b2)
             excess = tl.where(far, z_s - z_t, excess)
-    return z_s, z_t, b1, b2, h, z_1, total, excess, rest
+    return Part(to.point_s, to.point_t, z_s, z_t, b1, b2, h, z_1, total, excess, rest)
 
 
 @triton.jit
-def extended(
-    part,
-    own,
-    s,
-    t,
-    columns,
-    vocabulary,
-    label,
-    k,
-    k_t,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+def extended(part, own, s, t, columns, vocabulary, label, scalars, SWITCHES: tl.constexpr, EDGE: tl.constexpr):
     """The lanes' parts with one more tile, and their centres.
 
     An EDGE tile may hold the label, and -inf where it reaches past the row.
     """
-    max_s = tl.maximum(part[0], tl.max(s, 1))
-    max_t = tl.maximum(part[1], tl.max(t, 1)) if SOFT else part[1]
-    to = centre(max_s, max_t, k, k_t, EXACT, ROOT)
-    z_s, z_t, b1, b2, h, z_1, total, excess, rest = moved(
-        part, own, max_s, max_t, to, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER, False
-    )
-    x_s = student_exponent(s, max_s[:, None], k, EXACT, ROOT)
-    e_s, e_1 = student_exponentials(x_s, s, max_s[:, None], k, EXACT, ROOT, POWER)
-    if SOFT:
-        x_t = teacher_exponent(t, max_t[:, None], k_t, EXACT)
+    max_s = tl.maximum(part.point_s, tl.max(s, 1))
+    max_t = tl.maximum(part.point_t, tl.max(t, 1)) if SWITCHES.soft else part.point_t
+    to = centre(max_s, max_t, scalars, SWITCHES)
+    _, _, z_s, z_t, b1, b2, h, z_1, total, excess, rest = moved(part, own, to, scalars, SWITCHES, LAST=False)
+    x_s = student_exponent(s, max_s[:, None], scalars, SWITCHES)
+    e_s, e_1 = student_exponentials(x_s, s, max_s[:, None], scalars, SWITCHES)
+    if SWITCHES.soft:
+        x_t = teacher_exponent(t, max_t[:, None], scalars, SWITCHES)
         e_t = tl.exp2(x_t)
-        if ENTROPY:
+        if SWITCHES.entropy:
             others = tl.where(t == max_t[:, None], 0.0, e_t)
             h += tl.sum(others * tl.maximum(x_t, -256.0), 1)  # 0 log 0 = 0
             rest += tl.sum(others, 1)
-        delta = difference(s, t, to[2][:, None], to[4][:, None]) * k if EXACT else log2_ratio(x_s, x_t, ROOT)
+        if SWITCHES.exact:
+            delta = difference(s, t, to.apart[:, None], to.then[:, None]) * scalars.k
+        else:
+            delta = log2_ratio(x_s, x_t, SWITCHES.root)
         first = tl.where(e_t > 0, e_t * delta, 0.0)  # 0 log 0 = 0; -inf student: -inf
         near = first * (delta * phi_over_square(delta, 3))
-        if EXACT:
-            e_s *= unlagged(to[3])[:, None]
+        if SWITCHES.exact:
+            e_s *= unlagged(to.lag)[:, None]
         # (b2 first: that takes a third of the registers.)
         b2 += tl.sum(tl.where(tl.abs(delta) < SMALL, near, e_s - tl.fma(first, LN2, e_t)), 1)
-        if EXACT:
+        if SWITCHES.exact:
             excess += tl.sum(tl.where(tl.abs(delta) < SMALL, tl.fma(first, LN2, near), e_s - e_t), 1)
         z_s += tl.sum(e_s, 1)
         z_t += tl.sum(e_t, 1)
         b1 += tl.sum(first, 1)
-    if HARD:
+    if SWITCHES.hard:
         z_1 += tl.sum(tl.where(columns == label, 0.0, e_1) if EDGE else e_1, 1)
-        if SMOOTHED:
+        if SWITCHES.smoothed:
             total += tl.sum(tl.where(columns < vocabulary, s, 0.0) if EDGE else s, 1)
-    return (max_s, max_t, z_s, z_t, b1, b2, h, z_1, total, excess, rest), to
+    return Part(max_s, max_t, z_s, z_t, b1, b2, h, z_1, total, excess, rest), to
 
 
 @triton.jit
-def merged(
-    part,
-    own,
-    k,
-    k_t,
-    SOFT: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-):
+def sum_of(x, KNOWN: tl.constexpr):
+    """Over the lanes; nothing is added up that the switches leave out."""
+    return tl.sum(x, 0) if KNOWN else tl.zeros([], tl.float32)
+
+
+@triton.jit
+def merged(part, own, scalars, SWITCHES: tl.constexpr):
     """One part of many.
 
     It is measured from where the mean of delta under p is 0, or near: there B1 is small, and a student's logit that
     sticks out does not matter. Where one token has all of p, it is measured from the maxima, so that delta is 0 there;
     and where an exponential from elsewhere would overflow, they have to do.
     """
-    point_s, point_t = tl.max(part[0], 0), tl.max(part[1], 0)
-    to = centre(point_s, point_t, k, k_t, EXACT, ROOT)
-    if SOFT:
-        z_t, b1 = part[3], part[4]
-        down_t = own[1] - to[1]
-        apart = delta_between(own, to, k, EXACT, ROOT)
-        mass = tl.exp2(down_t) * z_t
+    point_s, point_t = tl.max(part.point_s, 0), tl.max(part.point_t, 0)
+    to = centre(point_s, point_t, scalars, SWITCHES)
+    if SWITCHES.soft:
+        down_t = own.at_t - to.at_t
+        apart = delta_between(own, to, scalars, SWITCHES)
+        mass = tl.exp2(down_t) * part.z_t
         total = tl.sum(mass, 0)
-        mean = tl.sum(tl.where(mass > 0, tl.exp2(down_t) * tl.fma(apart, z_t, b1), 0.0), 0) / total
-        mean_s = point_s + mean / k
-        reached = (tl.abs(mean_s - point_s) * tl.maximum(k, LOG2E) <= REACH) & (k_t <= 256)
+        mean = tl.sum(tl.where(mass > 0, tl.exp2(down_t) * tl.fma(apart, part.z_t, part.b1), 0.0), 0) / total
+        mean_s = point_s + mean / scalars.k
+        reached = (tl.abs(mean_s - point_s) * tl.maximum(scalars.k, LOG2E) <= REACH) & (scalars.k_t <= 256)
         spread = reached & (total > 2) & (tl.abs(mean) < float("inf"))
-        point_s = tl.where(spread, mean_s, point_s)
-        to = centre(point_s, point_t, k, k_t, EXACT, ROOT)
-    z_s, z_t, b1, b2, h, z_1, total, excess, rest = moved(
-        part, own, point_s, point_t, to, k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER
+        to = centre(tl.where(spread, mean_s, point_s), point_t, scalars, SWITCHES)
+    part = moved(part, own, to, scalars, SWITCHES)
+    SOFT: tl.constexpr = SWITCHES.soft
+    return Part(
+        to.point_s,
+        to.point_t,
+        z_s=sum_of(part.z_s, SOFT),
+        z_t=sum_of(part.z_t, SOFT),
+        b1=sum_of(part.b1, SOFT),
+        b2=sum_of(part.b2, SOFT),
+        h=sum_of(part.h, SOFT),
+        z_1=sum_of(part.z_1, True),
+        total=sum_of(part.total, True),
+        excess=sum_of(part.excess, SOFT and SWITCHES.exact),
+        rest=sum_of(part.rest, SOFT),
     )
-    zero = tl.zeros_like(point_s)
-    if SOFT:
-        z_s, z_t, h, b1, b2 = tl.sum(z_s, 0), tl.sum(z_t, 0), tl.sum(h, 0), tl.sum(b1, 0), tl.sum(b2, 0)
-    else:
-        z_s, z_t, h, b1, b2 = zero, zero, zero, zero, zero
-    excess = tl.sum(excess, 0) if SOFT and EXACT else zero
-    rest = tl.sum(rest, 0) if SOFT else zero
-    return (point_s, point_t, z_s, z_t, b1, b2, h, tl.sum(z_1, 0), tl.sum(total, 0), excess, rest)
 
 
 @triton.jit
-def joined(
-    a,
-    b,
-    k,
-    k_t,
-    SOFT: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-):
+def joined(a, b, scalars, SWITCHES: tl.constexpr):
     """One part of two."""
-    both = (
-        tl.join(a[0], b[0]),
-        tl.join(a[1], b[1]),
-        tl.join(a[2], b[2]),
-        tl.join(a[3], b[3]),
-        tl.join(a[4], b[4]),
-        tl.join(a[5], b[5]),
-        tl.join(a[6], b[6]),
-        tl.join(a[7], b[7]),
-        tl.join(a[8], b[8]),
-        tl.join(a[9], b[9]),
-        tl.join(a[10], b[10]),
-    )
-    return merged(both, centre(both[0], both[1], k, k_t, EXACT, ROOT), k, k_t, SOFT, ENTROPY, EXACT, ROOT, POWER)
+    pairs = ()
+    for i in tl.static_range(PARTS):
+        pairs += (tl.join(a[i], b[i]),)  # type: ignore[assignment]
+    both = Part(*pairs)  # type: ignore[call-arg]
+    return merged(both, centre(both.point_s, both.point_t, scalars, SWITCHES), scalars, SWITCHES)
 
 
 @triton.jit
-def off_grid(point_s, point_t, k, k_t, EXACT: tl.constexpr, ROOT: tl.constexpr):
+def off_grid(point_s, point_t, scalars, SWITCHES: tl.constexpr):
     """log2 of the exponentials at the points themselves: what references leave over."""
-    rest_s = ROOT * student_exponent(point_s, point_s, k, EXACT, ROOT)
-    return rest_s, teacher_exponent(point_t, point_t, k_t, EXACT)
+    rest_s = SWITCHES.root * student_exponent(point_s, point_s, scalars, SWITCHES)
+    return rest_s, teacher_exponent(point_t, point_t, scalars, SWITCHES)
 
 
 @triton.jit
-def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, EXACT: tl.constexpr, ROOT: tl.constexpr):
+def finished_soft(part, scalars, SWITCHES: tl.constexpr):
     """The soft term; and what stats have of it: both sums, measured from the points, and the log of their ratio."""
     point_s, point_t, z_s, z_t, b1, b2, h, _, _, excess, rest = part
     zero = point_s * 0.0
     b1 *= LN2
-    x = (excess if EXACT else b1 + b2) / z_t
+    x = (excess if SWITCHES.exact else b1 + b2) / z_t
     second = b2 / z_t
     less = log1p_less(x)
     near = tl.abs(x) < 0.5
 
-    rest_s, rest_t = off_grid(point_s, point_t, k, k_t, EXACT, ROOT)
-    student_sum = z_s / tl.exp2(rest_s - centre(point_s, point_t, k, k_t, EXACT, ROOT)[3])
+    rest_s, rest_t = off_grid(point_s, point_t, scalars, SWITCHES)
+    student_sum = z_s / tl.exp2(rest_s - centre(point_s, point_t, scalars, SWITCHES).lag)
     teacher_sum = z_t / tl.exp2(rest_t)
-    gap = zero if EXACT else (rest_s - rest_t) * LN2  # delta at the points
+    gap = zero if SWITCHES.exact else (rest_s - rest_t) * LN2  # delta at the points
     log_ratio = tl.where(near, x + less - gap, tl.log2(student_sum / teacher_sum) * LN2)
     # The last bits of the gap say nothing: where one column has all of p and q, this is 0.
     log_ratio = tl.where(tl.abs(log_ratio) < 5e-7 * tl.abs(gap), 0.0, log_ratio)
@@ -385,7 +400,7 @@ def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, EXACT: tl.constexpr, ROOT
     # Close to the teacher, B2 carries the value; far from it, B2 is large and B1 does.
     soft = tl.where(near & (second < 0.5), less + second, log_ratio + gap - b1 / z_t)
     soft = tl.where(soft < 0, 0.0, soft)
-    if ENTROPY:
+    if SWITCHES.entropy:
         # log(z_t) from what z_t has beside the columns at the point, and their number: 0 if it is no column's logit.
         at_point = tl.exp2(rest_t)
         number = tl.floor((z_t - rest) / at_point + 0.5)
@@ -397,112 +412,75 @@ def finished_soft(part, k, k_t, ENTROPY: tl.constexpr, EXACT: tl.constexpr, ROOT
 
 
 @triton.jit
-def finished_hard(
-    part,
-    logit,
-    vocabulary,
-    smoothing,
-    k,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-):
+def finished_hard(part, logit, vocabulary, scalars, SWITCHES: tl.constexpr):
     """-log softmax(s)[label] and 1 - softmax(s)[label], from the other columns' sum, so that a sure and right student
     keeps its digits; and the sum over all columns, measured from the point."""
-    point_s, z_1, total = part[0], part[7], part[8]
-    exponent = hard_exponent(logit, point_s, k, EXACT, ROOT, POWER)
+    exponent = hard_exponent(logit, part.point_s, scalars, SWITCHES)
     own = tl.exp2(exponent)
-    ratio = z_1 / own
-    hard_sum = z_1 + own
+    ratio = part.z_1 / own
+    hard_sum = part.z_1 + own
     hard = tl.where(ratio < 0.5, ratio + log1p_less(ratio), (tl.log2(hard_sum) - exponent) * LN2)
-    if SMOOTHED:
-        hard += tl.where(hard < float("inf"), smoothing * (logit - total / vocabulary), 0.0)  # inf - inf is no loss
-    at_point = tl.exp2(hard_exponent(point_s, point_s, k, EXACT, ROOT, POWER))
-    return tl.where(hard_sum != 0, hard, float("nan")), hard_sum / at_point, z_1 / hard_sum
+    if SWITCHES.smoothed:
+        hard += tl.where(
+            hard < float("inf"), scalars.smoothing * (logit - part.total / vocabulary), 0.0
+        )  # inf - inf is no loss
+    at_point = tl.exp2(hard_exponent(part.point_s, part.point_s, scalars, SWITCHES))
+    return tl.where(hard_sum != 0, hard, float("nan")), hard_sum / at_point, part.z_1 / hard_sum
 
 
 @triton.jit
-def gradient_scales(
-    stats,
-    target,
-    coef_soft,
-    coef_hard,
-    vocabulary,
-    k,
-    k_t,
-    unit,
-    smoothing,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-):
-    """Of gradient = by_t (ratio e_s - e_t) + by_1 e_1 + constant; at the label, at_label in the place of by_1 e_1."""
+def gradient_coefficients(stats, target, coef_soft, coef_hard, vocabulary, scalars, SWITCHES: tl.constexpr):
     point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss = stats
     by_t, ratio, apart, then = 0.0, 0.0, 0.0, 0.0
-    if SOFT:
-        rest_s, rest_t = off_grid(point_s, point_t, k, k_t, EXACT, ROOT)
-        by_t = coef_soft * unit / (teacher_sum * tl.exp2(rest_t))
+    if SWITCHES.soft:
+        rest_s, rest_t = off_grid(point_s, point_t, scalars, SWITCHES)
+        by_t = coef_soft * scalars.unit / (teacher_sum * tl.exp2(rest_t))
         ratio = teacher_sum / student_sum * tl.exp2(rest_t - rest_s)
         log_ratio *= LOG2E
-        if EXACT:
+        if SWITCHES.exact:
             apart, then = between(point_s, point_t)
         else:
             log_ratio += rest_s - rest_t
     by_1, constant, at_label = 0.0, 0.0, 0.0
-    if HARD:
+    if SWITCHES.hard:
         if target >= 0:
-            by_1 = coef_hard / (hard_sum * tl.exp2(hard_exponent(point_s, point_s, k, EXACT, ROOT, POWER)))
+            by_1 = coef_hard / (hard_sum * tl.exp2(hard_exponent(point_s, point_s, scalars, SWITCHES)))
             # softmax(s)[label] - 1 would lose what a sure student has left to learn.
             at_label = -coef_hard * miss
-            if SMOOTHED:
-                constant = -coef_hard * smoothing / vocabulary
-                at_label += coef_hard * smoothing + constant
-    return point_s, point_t, apart, then, by_t, ratio, log_ratio, by_1, constant, at_label
+            if SWITCHES.smoothed:
+                constant = -coef_hard * scalars.smoothing / vocabulary
+                at_label += coef_hard * scalars.smoothing + constant
+    return Coefficients(point_s, point_t, apart, then, by_t, ratio, log_ratio, by_1, constant, at_label)
 
 
 @triton.jit
 def gradient(
-    s,
-    t,
-    columns,
-    label,
-    scales,
-    k,
-    k_t,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROOT: tl.constexpr,
-    POWER: tl.constexpr,
-    FINE: tl.constexpr,
-    EDGE: tl.constexpr,
+    s, t, columns, label, coefficients, scalars, SWITCHES: tl.constexpr, FINE: tl.constexpr, EDGE: tl.constexpr
 ):
     """FINE: for a gradient in float32."""
-    point_s, point_t, apart, then, by_t, ratio, log_ratio, by_1, constant, at_label = scales
-    x_s = student_exponent(s, point_s, k, EXACT, ROOT)
-    e_s, e_1 = student_exponentials(x_s, s, point_s, k, EXACT, ROOT, POWER)
+    point_s, point_t, apart, then, by_t, ratio, log_ratio, by_1, constant, at_label = coefficients
+    x_s = student_exponent(s, point_s, scalars, SWITCHES)
+    e_s, e_1 = student_exponentials(x_s, s, point_s, scalars, SWITCHES)
     g = tl.zeros_like(s)
-    if HARD:
-        g = tl.fma(by_1, e_1, constant) if SMOOTHED else by_1 * e_1
+    if SWITCHES.hard:
+        g = tl.fma(by_1, e_1, constant) if SWITCHES.smoothed else by_1 * e_1
         if EDGE:
             g = tl.where(columns == label, at_label, g)
-    if SOFT:
-        x_t = teacher_exponent(t, point_t, k_t, EXACT)
+    if SWITCHES.soft:
+        x_t = teacher_exponent(t, point_t, scalars, SWITCHES)
         e_t = tl.exp2(x_t)
         # Where log2(q / p) is small, the difference of p and q has lost its digits.
         exact = difference(s, t, apart, then)
         if FINE:
-            d = tl.fma(exact, k, -log_ratio) if EXACT else log2_ratio(x_s, x_t, ROOT) - log_ratio
+            if SWITCHES.exact:
+                d = tl.fma(exact, scalars.k, -log_ratio)
+            else:
+                d = log2_ratio(x_s, x_t, SWITCHES.root) - log_ratio
             near = (e_t * d) * tl.fma(d, phi_over_square(d, 4), LN2)
             close = tl.abs(d) < SMALL
         else:
             # q - p is log(q / p) times the logarithmic mean of p and q, and that is almost their mean.
-            half = tl.fma(log2_ratio(x_s, x_t, ROOT), LN2 / 2, log_ratio * (-LN2 / 2))
+            half = tl.fma(log2_ratio(x_s, x_t, SWITCHES.root), LN2 / 2, log_ratio * (-LN2 / 2))
             near = half * tl.fma(ratio, e_s, e_t)
             close = tl.abs(half) < SMALL_16 / 2
         g = tl.fma(tl.where(close, near, tl.fma(ratio, e_s, -e_t)), by_t, g)

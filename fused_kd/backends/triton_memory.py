@@ -14,13 +14,14 @@ UNKNOWN = tl.constexpr(2)
 
 
 @triton.jit
-def row_start(row, layout):
-    """The offset of a row: layout is stride, size, stride, size, ..., stride of the leading dimensions, last first."""
+def row_start(rows, row):
+    """Where a row begins. Layout: stride, size, stride, size, ..., stride of the leading dimensions, last first."""
+    layout = rows.layout
     start = (row * 0).to(tl.int64)
     for i in tl.static_range(len(layout) // 2):
         start += (row % layout[2 * i + 1]).to(tl.int64) * layout[2 * i]
         row = row // layout[2 * i + 1]
-    return start + row.to(tl.int64) * layout[len(layout) - 1]
+    return rows.data + (start + row.to(tl.int64) * layout[len(layout) - 1])
 
 
 @triton.jit
@@ -101,26 +102,17 @@ def halves(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def loaded(
-    vectors,
-    start,
-    begin,
-    end,
-    DTYPE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    EDGE: tl.constexpr,
-    KEPT: tl.constexpr,
-):
+def loaded(vectors, start, begin, end, VECTOR: tl.constexpr, EDGE: tl.constexpr, KEPT: tl.constexpr):
     """Columns from `start` on in float32, [LANES, VECTOR]. EDGE: -inf in those before `begin` and from `end` on.
 
     KEPT in the cache: they will be read again. What a mask leaves out holds no column of the row.
     """
+    DTYPE: tl.constexpr = vectors[0].dtype.element_ty
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     POLICY: tl.constexpr = "evict_last" if KEPT else "evict_first"
     LANES: tl.constexpr = vectors[0].shape[0]
     columns = start + tl.arange(0, LANES) * VECTOR
-    if SHIFTED:
+    if len(vectors) > 1:  # SHIFTED
         block, more, by_8, by_4, bits, left = vectors
         first, last = (columns + left > begin) & (columns < end), columns + left < end
         w0, w1, w2, w3 = four_words(block + start, first, EDGE, POLICY)
@@ -165,25 +157,15 @@ def tile_columns(start, GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.co
 
 
 @triton.jit
-def tile_of(
-    vectors,
-    start,
-    end,
-    DTYPE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    EDGE: tl.constexpr,
-    KEPT: tl.constexpr,
-):
+def tile_of(vectors, start, end, GROUPS: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr, KEPT: tl.constexpr):
     """A tile [LANES, GROUPS * VECTOR] of the columns from 0 on."""
     GROUP: tl.constexpr = vectors[0].shape[0] * VECTOR
-    x = loaded(vectors, start, 0, end, DTYPE, VECTOR, SHIFTED, EDGE, KEPT)
+    x = loaded(vectors, start, 0, end, VECTOR, EDGE, KEPT)
     if GROUPS > 1:
-        x = beside(x, loaded(vectors, start + GROUP, 0, end, DTYPE, VECTOR, SHIFTED, EDGE, KEPT))
+        x = beside(x, loaded(vectors, start + GROUP, 0, end, VECTOR, EDGE, KEPT))
     if GROUPS > 2:
-        y = loaded(vectors, start + 2 * GROUP, 0, end, DTYPE, VECTOR, SHIFTED, EDGE, KEPT)
-        z = loaded(vectors, start + 3 * GROUP, 0, end, DTYPE, VECTOR, SHIFTED, EDGE, KEPT)
+        y = loaded(vectors, start + 2 * GROUP, 0, end, VECTOR, EDGE, KEPT)
+        z = loaded(vectors, start + 3 * GROUP, 0, end, VECTOR, EDGE, KEPT)
         x = beside(x, beside(y, z))
     return x
 
