@@ -26,11 +26,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIMS = 3
 # Columns are counted in int32, and the last tile of a row may reach past it.
 _MAX_COLUMNS = 2**31 - 2**16
-# tau = POWER / ROOT: exp(s) is a power of what exp(s / tau) is a power of. For other temperatures it is computed.
+# tau = power / root: exp(s) is a power of what exp(s / tau) is a power of. For other temperatures it is computed.
 _POWERS = {1.0: (1, 1), 1.5: (2, 3), 2.0: (1, 2), 3.0: (1, 3), 4.0: (1, 4)}
 
 
-# What the kernels take. Those that Triton's compiler knows are named in capitals there: SWITCHES, LAUNCH.
+# What the kernels take. What the compiler knows has capitals there: SWITCHES, LAUNCH.
 
 
 class Rows(NamedTuple):
@@ -41,16 +41,16 @@ class Rows(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """Explained in `triton_math.py`, as the switches are."""
+    """What the kernels know of temperatures, as `triton_exponents.py` explains it, and of label smoothing."""
 
     k: float
     k_t: float
-    unit: float
+    unit: float  # of the soft term's gradient: 1 / tau
     smoothing: float
 
 
 class Switches(NamedTuple):
-    """Which terms there are, and by which formulas they are computed."""
+    """Which terms there are, and by which formulas `triton_exponents.py` computes them."""
 
     soft: bool
     hard: bool
