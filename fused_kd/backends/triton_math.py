@@ -318,7 +318,7 @@ def finished_hard(part, logit, vocabulary, scalars, SWITCHES: tl.constexpr):
 
 @triton.jit
 def gradient_coefficients(stats, target, coef_soft, coef_hard, vocabulary, scalars, SWITCHES: tl.constexpr):
-    point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss = stats
+    point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, _, _ = stats
     by_t, ratio, apart, then = 0.0, 0.0, 0.0, 0.0
     if SWITCHES.soft:
         rest_s, rest_t = off_grid(point_s, point_t, scalars, SWITCHES)
