@@ -416,7 +416,9 @@ def test_a_weight_that_is_negated_below_0(backend: str) -> None:
 
 # The native kernel takes a sample of a block for the whole: its first 64 columns of 4096. Sure of one of these, of one
 # elsewhere, in one block of two.
-@pytest.mark.parametrize(("vocabulary", "column"), [(4096, 11), (4096, 0), (4096, 64), (4096, 1000), (9000, 4100)])
+@pytest.mark.parametrize(
+    ("vocabulary", "column"), [(4096, 11), (4096, 0), (4096, 64), (4096, 1000), (9000, 4100), (9000, 8999)]
+)
 @pytest.mark.parametrize(("temperature", "teacher_temperature"), [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0), (1.0, 1.5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_teacher_sure_of_one_token_somewhere(
