@@ -211,20 +211,21 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     )
 }  # fmt: skip
 
+_BY_NAME: dict[object, Divergence] = {name: DIVERGENCES[name]() for name in get_args(DivergenceName)}
+
 
 def divergence_of(value: object) -> Divergence:
     """The object that `value` is or names. Raises ValueError for an unknown name."""
     if isinstance(value, Divergence):
         return value
-    names = get_args(DivergenceName)
-    if not isinstance(value, str) or value not in names:
+    if not isinstance(value, str) or value not in _BY_NAME:
         kind = DIVERGENCES.get(value) if isinstance(value, str) else None
         needs = f"; {value!r} has no defaults, pass {kind.__name__}(...)" if kind else ""
         raise ValueError(
-            f"divergence must be one of {', '.join(map(repr, names))} or an object of fused_kd.divergences, "
+            f"divergence must be one of {', '.join(map(repr, _BY_NAME))} or an object of fused_kd.divergences, "
             f"got {value!r}{needs}"
         )
-    return DIVERGENCES[value]()
+    return _BY_NAME[value]
 
 
 @lru_cache(maxsize=64)
