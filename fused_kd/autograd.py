@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_kd import ops
 from fused_kd.backends import PREFERENCE
-from fused_kd.backends.rows import Backend, RowOptions
+from fused_kd.backends.rows import Backend, LogitRows, RowOptions
 from fused_kd.checks import lazy, plain
 from fused_kd.gradient_memory import empty_gradient
 
@@ -81,7 +81,7 @@ class _EagerFunction(FusedKDFunction):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         student, teacher, targets, coef_soft, coef_hard, _, options, _, summed = inputs
         backend = PREFERENCE[options.backend]
-        soft, hard, stats = backend.rows_forward(student, teacher, targets, options)
+        soft, hard, stats = backend.rows_forward(LogitRows(student, teacher, targets, options))
         output = (_losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats)
         FusedKDFunction.setup_context(ctx, inputs, output)
         ctx.backend = backend
@@ -131,18 +131,19 @@ def _gradients(
     if backend is not None and grad.dim() == 0 and grad.device.type == "cpu":
         of_loss = float(grad)
     grad_soft, grad_hard = _vector(of_loss * coef_soft, soft), _vector(of_loss * coef_hard, soft)
-    rows = (student, teacher, targets, stats, grad_soft, grad_hard)
+    vectors = (stats, grad_soft, grad_hard)
     if backend is not None:
         gradient = student if inplace else empty_gradient(student)
         if inplace:
             torch.autograd.graph.increment_version(student)
-        backend.rows_backward(*rows, options, gradient)
+        backend.rows_backward(LogitRows(student, teacher, targets, options), *vectors, gradient)
     elif inplace:
         # A graph may return the logits too, or need them for another loss. Where it does not, inductor elides the copy.
         gradient = student.clone() if torch.compiler.is_compiling() else student
-        ops.rows_backward_(gradient, *rows[1:], *options, symbolic)  # the operator tells autograd of the write
+        # (The operator tells autograd of the write.)
+        ops.rows_backward_(gradient, teacher, targets, *vectors, *options, symbolic)
     else:
-        gradient = ops.rows_backward(*rows, *options, symbolic)
+        gradient = ops.rows_backward(student, teacher, targets, *vectors, *options, symbolic)
     gradient = gradient.detach() if inplace else gradient
     return gradient, of_loss * soft if wanted[0] else None, of_loss * hard if wanted[1] else None
 

@@ -60,10 +60,6 @@ class ReverseKL(Divergence):
 
     name = "reverse_kl"
 
-    @property
-    def family(self) -> Family:
-        return Linear(0.0)
-
 
 @dataclass(frozen=True)
 class SymmetricKL(Divergence):

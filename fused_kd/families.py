@@ -169,6 +169,14 @@ def column_terms(family: Family, at: Columns) -> tuple[Tensor, Tensor]:
     return v, torch.where(is_near, base * d * _polynomial(of_gradient, d), c)
 
 
+def kernel_numbers(family: Family) -> tuple[float, ...]:
+    """What a kernel takes of a family: its parameters, filled up to three; the reach; and of `near` in degree 5 the
+    coefficients of f(d) / d^2 and of f'(d) / d, six each."""
+    parameters = tuple(map(float, astuple(family)))  # type: ignore[call-overload]
+    of_value, of_gradient = near(family, 5) if family.reach else ((0.0,) * 6,) * 2
+    return (*parameters, *(0.0,) * (3 - len(parameters)), family.reach, *of_value, *of_gradient)
+
+
 def _polynomial(coefficients: tuple[float, ...], d: Tensor) -> Tensor:
     result = torch.full_like(d, coefficients[-1])
     for coefficient in coefficients[-2::-1]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends.rows import RowOptions, lacks
+from fused_kd.backends.rows import LogitRows, RowOptions, lacks
 
 ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -83,15 +83,15 @@ def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
 Arguments = tuple[list[Any], list[Tensor]]  # as ctypes takes them; and what has to live until the call returns
 
 
-def arguments(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, *rest: Tensor) -> Arguments:
+def arguments(rows: LogitRows, *rest: Tensor) -> Arguments:
     """The head that the verbs of all libraries share, and `rest`: vectors of one number a row, or stats.
 
     A library believes what it is told: `fused_kd.operands` checks what the operators are called with.
     """
     # O(N), so a strided one (an expanded gradient) may be laid out anew.
-    vectors = [vector.contiguous() for vector in (targets, *rest)]
+    vectors = [vector.contiguous() for vector in (rows.targets, *rest)]
     addresses = [vector.data_ptr() for vector in vectors]
-    values = [rows_of(student), rows_of(teacher), addresses[0], loss_of(options), *addresses[1:]]
+    values = [rows_of(rows.student), rows_of(rows.teacher), addresses[0], loss_of(rows.options), *addresses[1:]]
     return values, vectors
 
 

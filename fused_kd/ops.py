@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import backends
-from fused_kd.backends.rows import STATS, RowOptions, row_dtype
+from fused_kd.backends.rows import STATS, Backend, LogitRows, RowOptions, row_dtype
 from fused_kd.checks import check_no_overlap
 from fused_kd.gradient_memory import empty_gradient
 from fused_kd.operands import checked, register_odd_operands
@@ -24,9 +24,8 @@ from fused_kd.operands import checked, register_odd_operands
 
 def forward(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N], and stats[N, STATS]: what the gradient needs of each row."""
-    return backends.choose(options.backend, student, teacher, options.divergence).rows_forward(
-        student, teacher, targets, options
-    )
+    rows = LogitRows(student, teacher, targets, options)
+    return _backend_for(rows).rows_forward(rows)
 
 
 def backward(student: Tensor, *rest: Any) -> Tensor:
@@ -42,9 +41,18 @@ def backward_(student: Tensor, *rest: Any) -> None:
     _backward(student, student, *rest)
 
 
-def _backward(out: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> None:
-    backend: Any = backends.choose(rest[-1].backend, student, teacher, rest[-1].divergence)
-    backend.rows_backward(student, teacher, *rest, out)
+def _backward(
+    out: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    grad_soft: Tensor,
+    grad_hard: Tensor,
+    options: RowOptions,
+) -> None:
+    rows = LogitRows(student, teacher, targets, options)
+    _backend_for(rows).rows_backward(rows, stats, grad_soft, grad_hard, out)
 
 
 def fused(
@@ -52,9 +60,13 @@ def fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N] and the gradient of sum(coef_soft * soft + coef_hard * hard), in one visit of each row."""
     out = empty_gradient(student)
-    backend = backends.choose(options.backend, student, teacher, options.divergence)
-    soft, hard = backend.rows_fused(student, teacher, targets, coef_soft, coef_hard, options, out)
+    rows = LogitRows(student, teacher, targets, options)
+    soft, hard = _backend_for(rows).rows_fused(rows, coef_soft, coef_hard, out)
     return soft, hard, out
+
+
+def _backend_for(rows: LogitRows) -> Backend:
+    return backends.choose(rows.options.backend, rows.student, rows.teacher, rows.options.divergence)
 
 
 def _empty_rows(student: Tensor, teacher: Tensor, targets: Tensor, *shape: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_kd import KDLossOutput, fused_kd_loss
 from fused_kd.backends import PREFERENCE, refusal
-from fused_kd.backends.rows import SKIP, RowOptions
+from fused_kd.backends.rows import SKIP, LogitRows, RowOptions
 from fused_kd.reference import hard_term, kd_loss, soft_term
 
 # The bounds of docs/design.md for a loss; those for a gradient are in gradient_bound.
@@ -202,11 +202,12 @@ def check_where_rows_lie(backend: str, dtype: torch.dtype, teacher_dtype: torch.
 
     def run(offsets: tuple[int, int, int], gap: int) -> list[Tensor]:
         s, t, out = (placed(x, at, gap) for x, at in zip((student, teacher, student), offsets, strict=True))
-        forward = verbs.rows_forward(s, t, labels, options)
-        verbs.rows_backward(s, t, labels, forward[2], ones, ones, options, out)
+        forward = verbs.rows_forward(LogitRows(s, t, labels, options))
+        verbs.rows_backward(LogitRows(s, t, labels, options), forward[2], ones, ones, out)
         memory = out.as_strided((out.untyped_storage().size() // out.itemsize,), (1,), 0)
         assert memory.isnan().sum() == offsets[2] + 4 * gap
-        fused = verbs.rows_fused(s, t, labels, ones, ones, options, s)  # the gradient takes the student's place
+        # (The gradient takes the student's place.)
+        fused = verbs.rows_fused(LogitRows(s, t, labels, options), ones, ones, s)
         return [x.clone() for x in (*forward, out, *fused, s)]
 
     expected = run((0, 0, 0), even)

@@ -13,7 +13,7 @@ from support import BACKENDS, check, make_labels, make_logits
 
 from fused_kd import fused_kd_loss, native
 from fused_kd.backends import PREFERENCE, cuda
-from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions
+from fused_kd.backends.rows import NO_LABEL, SKIP, LogitRows, RowOptions
 
 if "cuda" not in BACKENDS:
     pytest.skip("no CUDA library for the CPU", allow_module_level=True)
@@ -77,16 +77,15 @@ def test_a_label_out_of_range_makes_its_row_nan(label: int, monkeypatch: pytest.
     student, teacher = make_logits("wide", 3, 5000)
     ones, out = torch.ones(3), torch.empty_like(student)
     for targets in (torch.tensor([7, label, NO_LABEL]), torch.tensor([7, SKIP, NO_LABEL])):
-        soft, hard, stats = cuda.rows_forward(student, teacher, targets, OPTIONS)
-        cuda.rows_backward(student, teacher, targets, stats, ones, ones, OPTIONS, out)
+        rows = LogitRows(student, teacher, targets, OPTIONS)
+        soft, hard, stats = cuda.rows_forward(rows)
+        cuda.rows_backward(rows, stats, ones, ones, out)
         bad = targets[1] != SKIP
         assert soft.isnan().tolist() == hard.isnan().tolist() == [False, bad, False]
         assert out[1].isnan().all() if bad else (out[1] == 0).all()
         assert out[::2].isfinite().all()
         fused_out = torch.empty_like(student)
-        assert torch.equal(
-            cuda.rows_fused(student, teacher, targets, ones, ones, OPTIONS, fused_out)[0][::2], soft[::2]
-        )
+        assert torch.equal(cuda.rows_fused(rows, ones, ones, fused_out)[0][::2], soft[::2])
         assert torch.equal(fused_out[::2], out[::2])
 
 

@@ -8,7 +8,7 @@ from support import BACKENDS, DTYPES, check_where_rows_lie, make_labels, make_lo
 
 from fused_kd import fused_kd_loss
 from fused_kd.backends import PREFERENCE
-from fused_kd.backends.rows import RowOptions
+from fused_kd.backends.rows import LogitRows, RowOptions
 
 COLUMNS = 20011
 
@@ -83,15 +83,17 @@ def test_bits_of_a_gradient_larger_than_the_caches(columns: int, temperature: fl
     targets, coef = make_labels(130, vocabulary=columns, ignored=0), torch.linspace(0.1, 1, 130)
     options = RowOptions(temperature, temperature, "forward_kl", 0.0, True, True, "cpu")
     cpu = PREFERENCE["cpu"]
-    stats = cpu.rows_forward(student, teacher, targets, options)[2]
+    stats = cpu.rows_forward(LogitRows(student, teacher, targets, options))[2]
+
+    def part(logits: torch.Tensor, rows: slice) -> LogitRows:
+        return LogitRows(logits[rows], teacher[rows], targets[rows], options)
 
     def fused(rows: slice, out: torch.Tensor) -> None:
-        cpu.rows_fused(student[rows], teacher[rows], targets[rows], coef[rows], coef[rows], options, out[rows])
+        cpu.rows_fused(part(student, rows), coef[rows], coef[rows], out[rows])
 
     def backward(rows: slice, out: torch.Tensor) -> None:
         logits = out if out is replaced else student
-        rest = (teacher[rows], targets[rows], stats[rows], coef[rows], coef[rows])
-        cpu.rows_backward(logits[rows], *rest, options, out[rows])
+        cpu.rows_backward(part(logits, rows), stats[rows], coef[rows], coef[rows], out[rows])
 
     replaced = student.clone()
     for verb in (fused, backward):

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fused_kd import fused_kd_loss, ops
 from fused_kd.backends import PREFERENCE
-from fused_kd.backends.rows import SKIP, RowOptions
+from fused_kd.backends.rows import SKIP, LogitRows, RowOptions
 
 ROWS, COLUMNS = 64, 2048
 
@@ -102,6 +102,6 @@ def test_chunks_are_bounded() -> None:
         targets = labels.masked_fill(labels < 0, SKIP)
         options = RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "torch")
         with Allocations() as seen:
-            PREFERENCE["torch"].rows_forward(student, teacher, targets, options)
+            PREFERENCE["torch"].rows_forward(LogitRows(student, teacher, targets, options))
         largest.append(seen.largest)
     assert largest[0] == largest[1]

@@ -31,7 +31,7 @@ from support import (
 
 from fused_kd import fused_kd_loss
 from fused_kd.backends import PREFERENCE
-from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions
+from fused_kd.backends.rows import NO_LABEL, SKIP, LogitRows, RowOptions
 
 triton = pytest.importorskip("triton")
 if before(triton.__version__, 3, 7) and not before(np.__version__, 2, 4):
@@ -179,9 +179,8 @@ def test_a_bad_number_stays_in_its_row(column: int, who: int, what: float) -> No
     assert gradient[1].isfinite().all()
 
 
-def _rows(**changes: Any) -> RowOptions:
-    options = RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "triton")
-    return options._replace(**changes)
+def _rows(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) -> LogitRows:
+    return LogitRows(student, teacher, targets, RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "triton"))
 
 
 @interpreted
@@ -193,7 +192,7 @@ def test_what_a_gpu_does_with_other_targets(columns: int, monkeypatch: pytest.Mo
     student, teacher = make_logits("wide", 6, columns)
     student[1] = teacher[1] = float("nan")
     targets = torch.tensor([3, SKIP, NO_LABEL, columns, -5, 2**40])
-    soft, hard, stats = backend.rows_forward(student, teacher, targets, _rows())
+    soft, hard, stats = backend.rows_forward(_rows(student, teacher, targets))
     for values in (soft, hard):
         assert values.isnan().tolist() == [False, False, False, True, True, True]
         assert values[1] == 0
@@ -201,7 +200,7 @@ def test_what_a_gpu_does_with_other_targets(columns: int, monkeypatch: pytest.Mo
     # Skipped rows are not even addressed: the gradient may be written over them all the same.
     out = torch.empty(6, columns + 3)
     wide = torch.cat([student, torch.zeros(6, 3)], 1)
-    backend.rows_backward(wide, teacher, targets, stats, torch.ones(1).expand(6), torch.ones(6), _rows(), out)
+    backend.rows_backward(_rows(wide, teacher, targets), stats, torch.ones(1).expand(6), torch.ones(6), out)
     assert out[:, columns:].eq(0).all()
     assert out[1].eq(0).all()
     assert out[:3, :columns].isfinite().all()
@@ -214,9 +213,9 @@ def test_fused_is_forward_and_backward() -> None:
     student, teacher = make_logits("wide", 2, LONG)
     targets, coefficients = torch.tensor([19999, NO_LABEL]), (torch.tensor([0.5, 2.0]), torch.tensor([1.0, 3.0]))
     expected, out = torch.empty_like(student), torch.empty_like(student)
-    soft, hard, stats = backend.rows_forward(student, teacher, targets, _rows())
-    backend.rows_backward(student, teacher, targets, stats, *coefficients, _rows(), expected)
-    fused = backend.rows_fused(student, teacher, targets, *coefficients, _rows(), out)
+    soft, hard, stats = backend.rows_forward(_rows(student, teacher, targets))
+    backend.rows_backward(_rows(student, teacher, targets), stats, *coefficients, expected)
+    fused = backend.rows_fused(_rows(student, teacher, targets), *coefficients, out)
     assert torch.equal(fused[0], soft)
     assert torch.equal(fused[1], hard)
     assert torch.equal(out, expected)
@@ -228,16 +227,16 @@ def test_a_rows_bits_are_its_own(dtype: torch.dtype) -> None:
     backend = PREFERENCE["triton"]
     student, teacher = (x.to(dtype) for x in make_logits("wide", 3, LONG))
     targets, ones = torch.tensor([1, 19000, 3000]), torch.ones(3)
-    soft, hard, stats = backend.rows_forward(student, teacher, targets, _rows())
+    soft, hard, stats = backend.rows_forward(_rows(student, teacher, targets))
     out = torch.empty_like(student)
-    backend.rows_backward(student, teacher, targets, stats, ones, ones, _rows(), out)
+    backend.rows_backward(_rows(student, teacher, targets), stats, ones, ones, out)
     for row in range(3):
         alone = slice(row, row + 1)
-        one = backend.rows_forward(student[alone], teacher[alone], targets[alone], _rows())
+        rows = _rows(student[alone], teacher[alone], targets[alone])
+        one = backend.rows_forward(rows)
         assert all(torch.equal(a, b[alone]) for a, b in zip(one, (soft, hard, stats), strict=True))
         part = torch.empty_like(student[alone])
-        arguments = (student[alone], teacher[alone], targets[alone], one[2], ones[alone], ones[alone])
-        backend.rows_backward(*arguments, _rows(), part)
+        backend.rows_backward(rows, one[2], ones[alone], ones[alone], part)
         assert torch.equal(part, out[alone])
 
 

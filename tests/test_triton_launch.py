@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import KDLossOutput, autograd, functional, fused_kd_loss
 from fused_kd.backends import PREFERENCE
-from fused_kd.backends.rows import RowOptions
+from fused_kd.backends.rows import LogitRows, RowOptions
 from fused_kd.backends.triton import Launch, launch_for
 
 OPTIONS = RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "triton")
@@ -125,12 +125,13 @@ def test_a_launch_allocates_its_results_and_does_nothing_else(columns: int, laun
     out = meta_logits(3, 2, columns)
     many = torch.zeros(10, dtype=torch.int64, device="meta")
     rows, rows_out = meta_logits(10, columns), meta_logits(10, columns)
+    few, enough = LogitRows(student, teacher, targets, OPTIONS), LogitRows(rows, rows, many, OPTIONS)
     with Watch(columns) as watch:
-        _, _, stats = backend.rows_forward(student, teacher, targets, OPTIONS)
-        backend.rows_backward(student, teacher, targets, stats, grad, grad, OPTIONS, out)
-        backend.rows_backward(student, teacher, targets, stats, grad, grad, OPTIONS, student)
-        backend.rows_fused(student, teacher, targets, grad, grad, OPTIONS, out)  # too few rows for one program each
-        backend.rows_fused(rows, rows, many, grad[:1].expand(10), grad[:1].expand(10), OPTIONS, rows_out)
+        _, _, stats = backend.rows_forward(few)
+        backend.rows_backward(few, stats, grad, grad, out)
+        backend.rows_backward(few, stats, grad, grad, student)
+        backend.rows_fused(few, grad, grad, out)  # too few rows for one program each
+        backend.rows_fused(enough, grad[:1].expand(10), grad[:1].expand(10), rows_out)
     assert watch.allocated == []
     forward = ["forward"] if columns < 16384 else ["forward", "finish"]
     assert launched == [*forward, "backward", "backward", *forward, "backward", "fused"]

@@ -1,12 +1,11 @@
 """The row operations, and the one place that chooses who runs them.
 
 A backend is a module with a `NAME`, a `DESCRIPTION` in one line, `unavailable()`, `refuses(student, teacher,
-divergence)` and the same three verbs. Rows are the positions of logits [..., V] in row-major order; `targets` says what
-each row is for: a label, or one of the two constants in `fused_kd.backends.rows`.
+divergence)` and the same three verbs over the rows of logits [..., V], `fused_kd.backends.rows.LogitRows`:
 
-    rows_forward (student, teacher, targets, rows)                         -> soft[N], hard[N], stats[N, k]
-    rows_backward(student, teacher, targets, stats, gs[N], gh[N], rows, out)  writes d(sum gs soft + gh hard)/d student
-    rows_fused   (student, teacher, targets, gs[N], gh[N], rows, out)      -> soft[N], hard[N], and writes as above
+    rows_forward (rows)                                  -> soft[N], hard[N], stats[N, k]
+    rows_backward(rows, stats, grad_soft[N], grad_hard[N], out)  writes d(sum grad_soft soft + grad_hard hard)/d student
+    rows_fused   (rows, coef_soft[N], coef_hard[N], out) -> soft[N], hard[N], and writes the same
 
 Adding a backend is one file, and its name in `PREFERENCE`.
 """

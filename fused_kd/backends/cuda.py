@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import native
-from fused_kd.backends.rows import STATS, RowOptions, check_targets
+from fused_kd.backends.rows import STATS, LogitRows, check_targets
 
 NAME = "cuda"
 DESCRIPTION = "compiled for NVIDIA GPUs, from CUDA C++: float32, bfloat16, float16"
@@ -30,68 +30,42 @@ def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
     return reason
 
 
-def rows_forward(
-    student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_targets(student, teacher, targets)
-    rows = targets.numel()
-    soft, hard, stats = (student.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows,), (rows, STATS)))
-    _call("fkd_cuda_rows_forward", student, teacher, targets, options, soft, hard, stats, scratch=native.FORWARD)
+def rows_forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
+    check_targets(rows)
+    soft, hard, stats = _vector(rows), _vector(rows), _vector(rows, STATS)
+    _call("fkd_cuda_rows_forward", rows, soft, hard, stats, scratch=native.FORWARD)
     return soft, hard, stats
 
 
-def rows_backward(
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    grad_soft: Tensor,
-    grad_hard: Tensor,
-    options: RowOptions,
-    out: Tensor,
-) -> None:
-    _call("fkd_cuda_rows_backward", student, teacher, targets, options, stats, grad_soft, grad_hard, out=out)
+def rows_backward(rows: LogitRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
+    _call("fkd_cuda_rows_backward", rows, stats, grad_soft, grad_hard, out=out)
 
 
-def rows_fused(
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    coef_soft: Tensor,
-    coef_hard: Tensor,
-    options: RowOptions,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
-    check_targets(student, teacher, targets)
-    soft, hard = (student.new_empty(targets.numel(), dtype=torch.float32) for _ in range(2))
-    vectors = (coef_soft, coef_hard, soft, hard)
-    _call("fkd_cuda_rows_fused", student, teacher, targets, options, *vectors, out=out, scratch=native.FUSED)
+def rows_fused(rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    check_targets(rows)
+    soft, hard = _vector(rows), _vector(rows)
+    _call("fkd_cuda_rows_fused", rows, coef_soft, coef_hard, soft, hard, out=out, scratch=native.FUSED)
     return soft, hard
 
 
-def _call(
-    verb: str,
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    options: RowOptions,
-    *rest: Tensor,
-    out: Tensor | None = None,
-    scratch: int | None = None,
-) -> None:
+def _vector(rows: LogitRows, *shape: int) -> Tensor:
+    return rows.student.new_empty((rows.number, *shape), dtype=torch.float32)
+
+
+def _call(verb: str, rows: LogitRows, *rest: Tensor, out: Tensor | None = None, scratch: int | None = None) -> None:
     # What dies with this function is memory of the stream's: PyTorch gives it to none but what is queued later.
-    arguments, alive = native.arguments(student, teacher, targets, options, *rest)
-    if targets.numel() == 0:
+    arguments, alive = native.arguments(rows, *rest)
+    if rows.number == 0:
         return
     library: Any = native.load("cuda")
-    device = student.device.index or 0
+    device = rows.student.device.index or 0
     if out is not None:
         arguments.append(native.rows_of(out))
     if scratch is not None:
         size = library.fkd_cuda_scratch(arguments[0], arguments[1], scratch, device)
-        alive.append(student.new_empty(size, dtype=torch.uint8))
+        alive.append(rows.student.new_empty(size, dtype=torch.uint8))
         arguments.append(alive[-1].data_ptr() if size else None)
-    stream = None if _on_host() else torch.cuda.current_stream(student.device).cuda_stream
+    stream = None if _on_host() else torch.cuda.current_stream(rows.student.device).cuda_stream
     _raise_for(getattr(library, verb)(*arguments, device, stream))
 
 

@@ -5,7 +5,6 @@ them. Rows are finished in float64 where the device has it.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,13 +22,12 @@ from fused_kd.backends.rows import (
     TEACHER_MAX,
     TEACHER_SUM,
     TOP,
-    RowOptions,
+    LogitRows,
     check_targets,
     in_range,
     row_dtype,
-    vocabulary,
 )
-from fused_kd.divergences import CrossEntropy, LogitMSE, with_parameters
+from fused_kd.divergences import CrossEntropy, LogitMSE, ReverseKL, with_parameters
 from fused_kd.families import Columns, Family, column_terms
 
 NAME = "torch"
@@ -47,54 +45,31 @@ def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
     return None
 
 
-def rows_forward(
-    student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_targets(student, teacher, targets)
-    rows = targets.numel()
-    dtype = row_dtype(student, teacher)
-    soft, hard = student.new_zeros(rows, dtype=dtype), student.new_zeros(rows, dtype=dtype)
-    stats = student.new_zeros((rows, STATS), dtype=dtype)
-    for chunk in _chunks(student, teacher, targets, options):
+def rows_forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
+    check_targets(rows)
+    dtype = row_dtype(rows.student, rows.teacher)
+    shapes = ((rows.number,), (rows.number,), (rows.number, STATS))
+    soft, hard, stats = (rows.student.new_zeros(shape, dtype=dtype) for shape in shapes)
+    for chunk in _chunks(rows):
         chunk.finish(soft, hard, stats)
     return soft, hard, stats
 
 
-def rows_backward(
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    grad_soft: Tensor,
-    grad_hard: Tensor,
-    options: RowOptions,
-    out: Tensor,
-) -> None:
-    for chunk in _chunks(student, teacher, targets, options):
+def rows_backward(rows: LogitRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
+    for chunk in _chunks(rows):
         chunk.write_gradient(stats, grad_soft, grad_hard, out)
 
 
-def rows_fused(
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    coef_soft: Tensor,
-    coef_hard: Tensor,
-    options: RowOptions,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
-    soft, hard, stats = rows_forward(student, teacher, targets, options)
-    rows_backward(student, teacher, targets, stats, coef_soft, coef_hard, options, out)
+def rows_fused(rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    soft, hard, stats = rows_forward(rows)
+    rows_backward(rows, stats, coef_soft, coef_hard, out)
     return soft, hard
 
 
-def _chunks(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions) -> Iterator["_Chunk"]:
-    columns, rows = vocabulary(student, teacher), targets.numel()
-    step = max(1, _CHUNK // max(1, columns))
-    for begin in range(0, rows, step):
-        span = torch.arange(begin, min(begin + step, rows), device=student.device)
-        index, teacher_index = _index_of(span, student.shape[:-1]), _index_of(span, teacher.shape[:-1])
-        yield _Chunk(student, teacher, targets, options, span, index, teacher_index, columns)
+def _chunks(rows: LogitRows) -> Iterator["_Chunk"]:
+    step = max(1, _CHUNK // max(1, rows.columns))
+    for begin in range(0, rows.number, step):
+        yield _Chunk(rows, torch.arange(begin, min(begin + step, rows.number), device=rows.student.device))
 
 
 def _index_of(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor | None, ...]:
@@ -106,25 +81,18 @@ def _index_of(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor | None, ...]:
     return tuple(reversed(index)) or (None,)
 
 
-@dataclass
 class _Chunk:
-    student: Tensor
-    teacher: Tensor
-    targets: Tensor
-    options: RowOptions
-    span: Tensor
-    index: tuple[Tensor | None, ...]
-    teacher_index: tuple[Tensor | None, ...]
-    columns: int
+    """Some of the rows, those of `span`."""
 
-    def __post_init__(self) -> None:
-        o = self.options
-        dtype = row_dtype(self.student, self.teacher)
+    def __init__(self, rows: LogitRows, span: Tensor) -> None:
+        self.options, self.span, self.columns = o, _, columns = rows.options, span, rows.columns
+        self.index = _index_of(span, rows.student.shape[:-1])
+        dtype = row_dtype(rows.student, rows.teacher)
         self.scale = 1 / o.temperature
         self.divergence = with_parameters(o.divergence, o.parameters)
-        self.s = self.student[..., : self.columns][self.index].to(dtype)
-        self.t = self.teacher[..., : self.columns][self.teacher_index].to(dtype)
-        target = self.targets[self.span]
+        self.s = rows.student[..., :columns][self.index].to(dtype)
+        self.t = rows.teacher[..., :columns][_index_of(span, rows.teacher.shape[:-1])].to(dtype)
+        target = rows.targets[span]
         self.counted = target != SKIP
         self.labelled = self.counted & (target != NO_LABEL)
         self.valid = in_range(target, self.columns)
@@ -142,30 +110,41 @@ class _Chunk:
         return (from_s * self.scale).exp(), (from_t * self.scale).exp(), difference * self.scale
 
     def _centres(self) -> tuple[Tensor, Tensor]:
-        """The points that rows are measured from, [n, 1], so that delta is small for what most of p lies on.
+        """The points that rows are measured from, [n, 1], so that delta is small for what most of p lies on (with the
+        roles exchanged, most of q, and the student's maximum stays).
 
         Where one token has it all they are the maxima: delta is exactly 0 there. Else the student's lies the typical
         difference above the teacher's: one logit that sticks out does not move it, unless exponentials from there
         would leave float32's range.
         """
         max_s, max_t = _maximum(self.s), _maximum(self.t)
-        from_t = self._teacher_from(max_t)
-        e_t = (from_t * self.scale).exp()
-        difference = self.s - (self.t if self._one_temperature else from_t)
-        finite = difference.abs() < 1e30
-        mass = torch.where(finite, e_t, 0.0).sum(-1, keepdim=True)
-        typical = torch.where(finite, e_t * difference, 0.0).sum(-1, keepdim=True) / mass
-        centre_s = max_t + typical if self._one_temperature else typical
-        spread = (mass > 2) & ((max_s - centre_s).abs() <= 40 / max(1.0, self.scale))
-        return torch.where(spread, centre_s, max_s), max_t
+        base, other = self._teacher_from(max_t), self.s - max_s
+        if self._exchanged:
+            base, other = other, base
+        e = (base * self.scale).exp()
+        finite = (other - base).abs() < 1e30
+        mass = torch.where(finite, e, 0.0).sum(-1, keepdim=True)
+        typical = torch.where(finite, e * (other - base), 0.0).sum(-1, keepdim=True) / mass
+        spread = (mass > 2) & (typical.abs() <= 40 / max(1.0, self.scale))
+        apart = torch.where(spread, typical, 0.0)
+        return (max_s, max_t + apart / self._teacher_factor) if self._exchanged else (max_s + apart, max_t)
 
     @property
     def _one_temperature(self) -> bool:
         return self.options.temperature == self.options.teacher_temperature
 
+    @property
+    def _exchanged(self) -> bool:
+        """Reverse KL is forward KL with student and teacher exchanged."""
+        return isinstance(self.divergence, ReverseKL)
+
+    @property
+    def _teacher_factor(self) -> float:
+        """What the teacher's own temperature is: a factor on its logits."""
+        return self.options.temperature / self.options.teacher_temperature
+
     def _teacher_from(self, max_t: Tensor) -> Tensor:
-        """t - max_t. The teacher's own temperature is a factor on it."""
-        return (self.t - max_t) * (self.options.temperature / self.options.teacher_temperature)
+        return (self.t - max_t) * self._teacher_factor
 
     def finish(self, soft: Tensor, hard: Tensor, stats: Tensor) -> None:
         final = torch.float64 if self.s.device.type != "mps" else torch.float32
@@ -184,6 +163,8 @@ class _Chunk:
     def _finish_soft(self, max_s: Tensor, max_t: Tensor, stat: Tensor) -> Tensor:
         final = stat.dtype
         e_s, e_t, delta = self._pair(max_s, max_t)
+        if self._exchanged:
+            e_s, e_t, delta = e_t, e_s, -delta
         plain = e_s - e_t
         b1 = torch.where(e_t == 0, 0.0, e_t * delta)  # 0 log 0 = 0
         b2 = torch.where(delta.abs() < _SMALL, b1 * _phi_over_delta(delta), plain - b1)
@@ -193,12 +174,15 @@ class _Chunk:
         close = x.abs() + second < 1
         log_ratio = torch.where(close, x.log1p(), direct)
         whole = (z_s != 0) & (z_t != 0)  # else a row of -inf
-        stat[:, STUDENT_SUM] = torch.where(whole, z_s, torch.nan)
-        stat[:, TEACHER_SUM] = torch.where(whole, z_t, torch.nan)
-        stat[:, LOG_RATIO] = log_ratio
+        sums = [torch.where(whole, z, torch.nan) for z in ((z_t, z_s) if self._exchanged else (z_s, z_t))]
+        stat[:, STUDENT_SUM], stat[:, TEACHER_SUM] = sums
+        stat[:, LOG_RATIO] = -log_ratio if self._exchanged else log_ratio
         if self.divergence.family is not None:
             return self._finish_family(self.divergence.family, e_s, e_t, delta, stat)
         value = torch.where(close, log_ratio - x + second, direct - b1_sum / z_t).clamp(min=0)
+        if self._exchanged:
+            mean = b1_sum / z_t
+            stat[:, TOP] = torch.where(mean.isfinite(), mean, torch.nan)
         if isinstance(self.divergence, CrossEntropy):
             log_e_t = self._teacher_from(max_t) * self.scale
             entropy_sum = torch.where(e_t == 0, 0.0, e_t * log_e_t).sum(-1, dtype=final)
@@ -214,8 +198,7 @@ class _Chunk:
         # In a column with nearly all of q, c - q G is a small difference of large numbers; the other columns have it.
         top = columns.q > 0.5
         rest_c, rest_q = (torch.where(top, 0.0, x).sum(-1, dtype=stat.dtype) for x in (c, columns.q))
-        top_c, top_q = (torch.where(top, x, 0.0).sum(-1, dtype=stat.dtype) for x in (c, columns.q))
-        stat[:, TOP] = top_c * rest_q - top_q * rest_c
+        stat[:, TOP] = growth * rest_q - rest_c
         return value
 
     def _finish_hard(self, max_s: Tensor, stat: Tensor) -> Tensor:
@@ -266,6 +249,9 @@ class _Chunk:
             counts, difference = self._logit_difference()
             return torch.where(counts, (difference - stat[..., GROWTH]) * stat[..., TOP], 0.0)
         e_s, e_t, delta = self._pair(stat[..., STUDENT_MAX], stat[..., TEACHER_MAX])
+        if self._exchanged:
+            q, top = e_s / stat[..., STUDENT_SUM], stat[..., TOP]
+            return torch.where(e_s == 0, q * top, q * (delta + top))
         if self.divergence.family is None:
             p, q = e_t / stat[..., TEACHER_SUM], e_s / stat[..., STUDENT_SUM]
             return _difference(p, q, delta - stat[..., LOG_RATIO])
@@ -277,8 +263,7 @@ class _Chunk:
         """Which columns count, and x - y of `LogitMSE`."""
         counts = (self.s != -torch.inf) & (self.t != -torch.inf)
         s, t = (torch.where(counts, x, 0.0) for x in (self.s, self.t))
-        o = self.options
-        difference = s - t if self._one_temperature else s - t * (o.temperature / o.teacher_temperature)
+        difference = s - t if self._one_temperature else s - t * self._teacher_factor
         return counts, difference * self.scale
 
     def _mean_squared_difference(self, stat: Tensor) -> Tensor:

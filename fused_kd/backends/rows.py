@@ -21,7 +21,8 @@ OUT_OF_RANGE = NO_LABEL + 1  # the label SKIP where it has no such meaning
     HARD_SUM,  # sum of exp(s - max)
     MISS,  # 1 - softmax(s)[label], with its small values intact
     GROWTH,  # G of `fused_kd.families`; for LogitMSE what is taken off x - y
-    TOP,  # the gradient, times tau, at a column with more than half of q; for LogitMSE 1 / n
+    TOP,  # of a family: the gradient, times tau, at a column with more than half of q; for LogitMSE 1 / n;
+    # for ReverseKL what is added to delta: its gradient, times tau, is q (log(e_s / e_t) + TOP)
     STATS,
 ) = range(10)
 
@@ -39,6 +40,24 @@ class RowOptions(NamedTuple):
     parameters: tuple[float, ...] = ()  # of the divergence
 
 
+class LogitRows(NamedTuple):
+    """What a verb works on. Rows are the positions of the logits [..., V] in row-major order."""
+
+    student: Tensor
+    teacher: Tensor
+    targets: Tensor  # [N]: a label, or SKIP or NO_LABEL
+    options: RowOptions
+
+    @property
+    def number(self) -> int:
+        return self.targets.numel()
+
+    @property
+    def columns(self) -> int:
+        """The vocabulary: the columns that both have."""
+        return min(self.student.shape[-1], self.teacher.shape[-1])
+
+
 class Backend(Protocol):
     """What a backend's module offers. `backends/__init__.py` says what the verbs do."""
 
@@ -51,33 +70,14 @@ class Backend(Protocol):
     def refuses(self, student: Tensor, teacher: Tensor, divergence: str) -> str | None:
         """Why it cannot take these tensors, or this divergence (a name)."""
 
-    def rows_forward(
-        self, student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions, /
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def rows_forward(self, rows: LogitRows, /) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def rows_backward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        targets: Tensor,
-        stats: Tensor,
-        grad_soft: Tensor,
-        grad_hard: Tensor,
-        options: RowOptions,
-        out: Tensor,
-        /,
+        self, rows: LogitRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor, /
     ) -> None: ...
 
     def rows_fused(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        targets: Tensor,
-        coef_soft: Tensor,
-        coef_hard: Tensor,
-        options: RowOptions,
-        out: Tensor,
-        /,
+        self, rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tensor, /
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -93,15 +93,11 @@ def row_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
-def vocabulary(student: Tensor, teacher: Tensor) -> int:
-    """The columns that both have."""
-    return min(student.shape[-1], teacher.shape[-1])
-
-
-def bad_target(row: int, label: int, columns: int) -> IndexError:
+def bad_target(rows: LogitRows, row: int) -> IndexError:
+    label = int(rows.targets[row])
     label = SKIP if label == OUT_OF_RANGE else label
     return IndexError(
-        f"labels: row {row} has the label {label}, which is not in [0, {columns}) and is not ignore_index; "
+        f"labels: row {row} has the label {label}, which is not in [0, {rows.columns}) and is not ignore_index; "
         "correct the labels, or name the value that marks positions without one as ignore_index"
     )
 
@@ -110,12 +106,10 @@ def in_range(targets: Tensor, columns: int) -> Tensor:
     return ((targets >= 0) & (targets < columns)) | (targets == SKIP) | (targets == NO_LABEL)
 
 
-def check_targets(student: Tensor, teacher: Tensor, targets: Tensor) -> None:
+def check_targets(rows: LogitRows) -> None:
     """Raises IndexError for a target out of range, on the CPU. Elsewhere that would wait: such a row becomes NaN."""
-    if targets.device.type != "cpu":
+    if rows.targets.device.type != "cpu":
         return
-    columns = vocabulary(student, teacher)
-    bad = (~in_range(targets, columns)).nonzero()
+    bad = (~in_range(rows.targets, rows.columns)).nonzero()
     if len(bad):
-        row = int(bad[0])
-        raise bad_target(row, int(targets[row]), columns)
+        raise bad_target(rows, int(bad[0]))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends.rows import STATS, RowOptions, check_targets, lacks, vocabulary
+from fused_kd.backends.rows import STATS, LogitRows, RowOptions, check_targets, lacks
 from fused_kd.native import leading_layout
 
 NAME = "triton"
@@ -153,48 +153,38 @@ def _multiprocessors(device: torch.device) -> int:
     return 0 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def rows_forward(
-    student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_targets(student, teacher, targets)
-    rows = targets.numel()
-    soft, hard, stats = (student.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows,), (rows, STATS)))
-    if rows == 0:
+def rows_forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
+    check_targets(rows)
+    student, teacher, targets, options = rows
+    number, columns = rows.number, rows.columns
+    shapes = ((number,), (number,), (number, STATS))
+    soft, hard, stats = (student.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    if number == 0:
         return soft, hard, stats
-    columns = vocabulary(student, teacher)
     launch = _launch(columns, student, teacher)
     sections, kernels = -(-columns // launch.section), _kernels()
-    parts = student.new_empty((rows, sections, kernels.PARTS.value) if sections > 1 else 0, dtype=torch.float32)
+    parts = student.new_empty((number, sections, kernels.PARTS.value) if sections > 1 else 0, dtype=torch.float32)
     arguments = (
         _rows(student), _rows(teacher), _numbers(targets), soft, hard, stats, parts, columns, sections,
         _scalars(options, columns), _switches(options, student.dtype),
     )  # fmt: skip
     with _on(student.device):
-        kernels.forward[(rows * sections,)](*arguments, launch, sections == 1, **launch.options)
+        kernels.forward[(number * sections,)](*arguments, launch, sections == 1, **launch.options)
         if sections > 1:
-            kernels.finish[(rows,)](*arguments, num_warps=1, **ROUNDING)
+            kernels.finish[(number,)](*arguments, num_warps=1, **ROUNDING)
     return soft, hard, stats
 
 
-def rows_backward(
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    grad_soft: Tensor,
-    grad_hard: Tensor,
-    options: RowOptions,
-    out: Tensor,
-) -> None:
-    rows = targets.numel()
-    if rows == 0:
+def rows_backward(rows: LogitRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
+    student, teacher, targets, options = rows
+    number, columns = rows.number, rows.columns
+    if number == 0:
         return
-    columns = vocabulary(student, teacher)
     launch = _launch(columns, student, teacher, out)._replace(shifted=False)  # it aligns its columns itself
     sections = -(-columns // launch.section)
     switches = _switches(options, student.dtype)._replace(entropy=False)  # of the teacher: no matter to the student
     with _on(student.device):
-        _kernels().backward[(rows * sections,)](
+        _kernels().backward[(number * sections,)](
             _rows(student),
             _rows(teacher),
             _numbers(targets),
@@ -212,28 +202,20 @@ def rows_backward(
         )
 
 
-def rows_fused(
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    coef_soft: Tensor,
-    coef_hard: Tensor,
-    options: RowOptions,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
-    rows = targets.numel()
+def rows_fused(rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    student, teacher, targets, options = rows
+    number, columns = rows.number, rows.columns
     # One program has a row here: too few of them leave the device idle, and the others' bits are the same.
-    if rows < _multiprocessors(student.device):
-        soft, hard, stats = rows_forward(student, teacher, targets, options)
-        rows_backward(student, teacher, targets, stats, coef_soft, coef_hard, options, out)
+    if number < _multiprocessors(student.device):
+        soft, hard, stats = rows_forward(rows)
+        rows_backward(rows, stats, coef_soft, coef_hard, out)
         return soft, hard
-    check_targets(student, teacher, targets)
-    soft, hard = (student.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    columns = vocabulary(student, teacher)
+    check_targets(rows)
+    soft, hard = (student.new_empty(number, dtype=torch.float32) for _ in range(2))
     launch = _launch(columns, student, teacher, out)
     sections = -(-columns // launch.section)
     with _on(student.device):
-        _kernels().fused[(rows,)](
+        _kernels().fused[(number,)](
             _rows(student),
             _rows(teacher),
             _numbers(targets),
