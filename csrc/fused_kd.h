@@ -10,10 +10,14 @@
 #endif
 
 // Raised whenever a signature or a struct below changes; the Python side refuses any other number.
-#define FKD_ABI_VERSION 3
+#define FKD_ABI_VERSION 4
 
 enum FkdDtype { FKD_FLOAT32 = 0, FKD_BFLOAT16 = 1, FKD_FLOAT16 = 2 };
-enum FkdDivergence { FKD_FORWARD_KL = 0, FKD_CROSS_ENTROPY = 1 };
+// Those from FKD_LINEAR on are the families of fused_kd/families.py, which take a second sweep over a row.
+enum FkdDivergence {
+    FKD_FORWARD_KL, FKD_CROSS_ENTROPY, FKD_REVERSE_KL, FKD_LOGIT_MSE,
+    FKD_LINEAR, FKD_MIXTURE, FKD_SKEWED_MIXTURE, FKD_ALPHA_BETA, FKD_VARIATION
+};
 
 // A target says what a row is for: a label in [0, V), or one of these. Everything else is out of range.
 static const int64_t FKD_SKIP = -100;           // no term; the row is not read. PyTorch's default ignore_index
@@ -27,11 +31,12 @@ enum FkdStat {
     FKD_LOG_RATIO,     // log(student_sum / teacher_sum), with its small values intact
     FKD_HARD_SUM,      // sum of exp(s - student_max)
     FKD_MISS,          // 1 - softmax(s)[label], with its small values intact
-    FKD_GROWTH, FKD_TOP,  // of other divergences: fused_kd/families.py
+    FKD_GROWTH, FKD_TOP,  // of other divergences: fused_kd/backends/rows.py
     FKD_STATS
 };
 
 #define FKD_MAX_DIMS 8
+#define FKD_NUMBERS 16
 
 // Logits as rows of `columns` adjacent elements: row i starts at sum over d of index_d(i) * strides[d],
 // with i counted in row-major order over sizes[0..dims). Strides are in elements and may be 0 or negative.
@@ -48,6 +53,7 @@ struct FkdLoss {
     double temperature, teacher_temperature, label_smoothing;
     int64_t divergence;     // FkdDivergence
     int64_t soft, hard;     // 0: that term is off, and what only it needs is neither read nor computed
+    double numbers[FKD_NUMBERS];  // of a family: `kernel_numbers` of families.py; of FKD_LOGIT_MSE the first, `centred`
 };
 
 // The vocabulary is the columns that both have. Where the student has more, its gradient there is 0.

@@ -34,8 +34,9 @@ constexpr float kLowest = -3.402823466e38f;
 
 // Below this exponent of 2 an exponential is 0: a p or q that float32 cannot hold counts as 0.
 constexpr float kFlush = -126.0f;
-// Below this |delta|, exp(delta) - 1 comes from a polynomial; above it, from the difference of two exponentials.
-constexpr float kSmall = 0.125f;
+// Below these |delta| a polynomial is used, above them the difference of two exponentials: for exp(delta) - 1, and for
+// exp(delta) - 1 - delta, which that difference knows less of (logits of 16 bits often differ by exactly 1/8).
+constexpr float kSmall = 0.125f, kSmallPhi = 0.2f;
 
 // 2^x for x <= 60: exactly 1 at 0, exactly 0 below kFlush, relative error below 2e-7. NaN may come out as anything:
 // a row with a NaN is recognised by its maximum.
@@ -65,9 +66,9 @@ FKD_MATH float exp2_of(float x) {
 #endif
 }
 
-// phi(delta) / delta for |delta| < kSmall.
+// phi(delta) / delta for |delta| < kSmallPhi, within 6e-7 of itself.
 FKD_MATH float phi_over_delta(float d) {
-    return d * (0.5f + d * (1.0f / 6 + d * (1.0f / 24 + d * (1.0f / 120))));
+    return d * (0.49999973f + d * (0.16666679f + d * (0.041722234f + d * 0.0083359778f)));
 }
 
 // What the temperature makes of a logit. The teacher's own temperature is a factor tau / tau_t on its logits, so here
@@ -85,6 +86,8 @@ struct Scales {
         return from - to;
     }
     FKD_MEMBER bool scaled() const { return false; }
+    // Whether student and teacher are exchanged in the sums, as for reverse KL.
+    bool exchanged = false;
     // The exponent of 2 by which exp(s - from) and exp(s - to) differ.
     template <class Real>
     FKD_MEMBER Real hard_exponent(Real from, Real to) const {
@@ -179,7 +182,7 @@ struct Share {
 // takes the address of a struct of its own.)
 FKD_MATH Share share(float plain, float e_t, float delta, bool counts) {
     const float b1 = counts ? e_t * delta : 0.0f;  // 0 log 0 = 0; -inf student: -inf
-    const bool small = std::fabs(delta) < kSmall;
+    const bool small = std::fabs(delta) < kSmallPhi;
     const float b2 = small ? b1 * phi_over_delta(delta) : plain - b1;
     return {b1, b2, small ? b1 + b2 : plain};
 }
@@ -220,7 +223,7 @@ FKD_MATH Apart<double> apart_by(double r_s, double r_t, double d) {
 }
 FKD_MATH Apart<float> apart_by(float r_s, float r_t, float d) {
     const float plain = r_s - r_t, linear = r_t * d, bend = linear * phi_over_delta(d);
-    const bool small = std::fabs(d) < kSmall;
+    const bool small = std::fabs(d) < kSmallPhi;
     return {small ? linear + bend : plain, small ? bend : plain - linear};
 }
 
@@ -261,7 +264,7 @@ FKD_MATH double apart_from(double own_s, double own_t, double s, double t) { ret
 template <class Real, class Scale>
 FKD_MATH Partial<Real> moved(const Partial<Real>& a, Real max_s, Real max_t, const Scale& k) {
     const Real down_s = a.max_s - max_s, down_t = k.teacher_distance(a.max_t, max_t);
-    const Real down_1 = k.hard_exponent(a.max_s, max_s);
+    const Real down_1 = k.exchanged ? k.hard_exponent(a.max_t, max_t) : k.hard_exponent(a.max_s, max_s);
     const Real apart = k.scaled() ? down_s - down_t : apart_from(a.max_s, a.max_t, max_s, max_t);
     Partial<Real> r = moved_by(a, down_s * k.log2, down_t * k.log2, down_1, apart * k.unit);
     r.max_s = max_s;
@@ -322,8 +325,8 @@ FKD_MATH Real teacher_entropy(const Partial<Real>& a) {
 
 // -log softmax(s)[label] from the other columns' sum: a sure and right student keeps its digits.
 template <class Real>
-FKD_MATH void finish_hard(const Partial<Real>& a, Real label_logit, Row<Real>& row) {
-    const Real below = a.max_s - label_logit;
+FKD_MATH void finish_hard(const Partial<Real>& a, Real student_max, Real label_logit, Row<Real>& row) {
+    const Real below = student_max - label_logit;
     const Real own = std::exp2(-below * static_cast<Real>(kLog2E));
     row.hard_sum = a.z_1 + own;
     row.miss = a.z_1 / row.hard_sum;

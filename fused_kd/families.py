@@ -70,6 +70,10 @@ class Family(Hashable, Protocol):
     def reach(self) -> float:
         """Below this |d| a column is near; 0 for a family that has no such case."""
 
+    @property
+    def degree(self) -> int:
+        """Of the polynomials that leave float32 what it can hold."""
+
     def base(self, x: Arithmetic, at: Columns) -> Any: ...
 
     def terms(self, x: Arithmetic, at: Columns) -> tuple[Any, Any]:
@@ -82,6 +86,7 @@ class Linear:
 
     forward: Any
     reach: ClassVar[float] = 0.25
+    degree: ClassVar[int] = 4
 
     def base(self, x: Arithmetic, at: Columns) -> Any:
         return at.p
@@ -100,6 +105,12 @@ class Mixture:
     of_p: Any
     of_q: Any
     reach: ClassVar[float] = 0.5
+    degree: ClassVar[int] = 5
+
+    @property
+    def level(self) -> Any:
+        """What makes f'(0) = 0; itself 0 where the two balance, as for JSD."""
+        return self.of_p * (1 - self.share) - self.of_q * self.share
 
     def base(self, x: Arithmetic, at: Columns) -> Any:
         return at.p
@@ -111,8 +122,7 @@ class Mixture:
         w, log_w = 1 + less, x.log1p(less)  # w = m / max(p, q)
         of_p = x.times(self.of_p * p, x.smaller(-d, zero) - log_w)
         of_q = x.times(self.of_q * q, x.smaller(d, zero) - log_w)
-        level = self.of_p * (1 - self.share) - self.of_q * self.share  # so that f'(0) = 0
-        return of_p + of_q + level * at.difference, of_q + level * (q - x.smaller(p, q) / w)
+        return of_p + of_q + self.level * at.difference, of_q + self.level * (q - x.smaller(p, q) / w)
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,7 @@ class AlphaBetaFamily:
 
     a: Any
     b: Any
+    degree: ClassVar[int] = 5
 
     @property
     def reach(self) -> float:
@@ -147,6 +158,7 @@ class Variation:
     """sum |p - q| / 2."""
 
     reach: ClassVar[float] = 0.0
+    degree: ClassVar[int] = 0
 
     def base(self, x: Arithmetic, at: Columns) -> Any:
         return at.p
@@ -163,18 +175,22 @@ def column_terms(family: Family, at: Columns) -> tuple[Tensor, Tensor]:
     v, c = family.terms(TENSORS, at)
     if not family.reach:
         return v, c
-    of_value, of_gradient = near(family, 14 if d.dtype == torch.float64 else 5)
+    of_value, of_gradient = near(family, 14 if d.dtype == torch.float64 else family.degree)
     is_near, base = d.abs() < family.reach, family.base(TENSORS, at)
     v = torch.where(is_near, base * d * d * _polynomial(of_value, d), v)
     return v, torch.where(is_near, base * d * _polynomial(of_gradient, d), c)
 
 
 def kernel_numbers(family: Family) -> tuple[float, ...]:
-    """What a kernel takes of a family: its parameters, filled up to three; the reach; and of `near` in degree 5 the
-    coefficients of f(d) / d^2 and of f'(d) / d, six each."""
+    """What a kernel takes of a family: its parameters, filled up to three; the reach; and of `near` in the family's
+    degree the coefficients of f(d) / d^2 and of f'(d) / d, filled up to six each."""
+
+    def filled(values: tuple[float, ...], number: int) -> tuple[float, ...]:
+        return (*values, *(0.0,) * (number - len(values)))
+
     parameters = tuple(map(float, astuple(family)))  # type: ignore[call-overload]
-    of_value, of_gradient = near(family, 5) if family.reach else ((0.0,) * 6,) * 2
-    return (*parameters, *(0.0,) * (3 - len(parameters)), family.reach, *of_value, *of_gradient)
+    of_value, of_gradient = near(family, family.degree) if family.reach else ((), ())
+    return (*filled(parameters, 3), family.reach, *filled(of_value, 6), *filled(of_gradient, 6))
 
 
 def _polynomial(coefficients: tuple[float, ...], d: Tensor) -> Tensor:

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends.rows import LogitRows, RowOptions, lacks
+from fused_kd.backends.rows import LogitRows, RowOptions
+from fused_kd.divergences import with_parameters
+from fused_kd.families import AlphaBetaFamily, Family, Linear, Mixture, Variation, kernel_numbers
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DIVERGENCES = {"forward_kl": 0, "cross_entropy": 1}
+# FkdDivergence: of divergences, and of families.
+DIVERGENCES = {"forward_kl": 0, "cross_entropy": 1, "reverse_kl": 2, "logit_mse": 3}
+FAMILIES: dict[type[Family], int] = {Linear: 4, Mixture: 5, AlphaBetaFamily: 7, Variation: 8}
 DONE, OUT_OF_MEMORY = -1, -2
 FORWARD, FUSED = 1, 3  # FkdVerb
 _MAX_DIMS = 8
@@ -29,7 +33,9 @@ CUDA_LIBRARY = "FUSED_KD_CUDA_LIBRARY"
 # FkdRows and FkdLoss as bytes, which ctypes passes by their address.
 _ROWS = struct.Struct(f"=qqqq{_MAX_DIMS}q{_MAX_DIMS}q")  # data, dtype, columns, dims, sizes, strides
 _MATRIX = struct.Struct(f"=qqqqq{8 * _MAX_DIMS - 8}xq{8 * _MAX_DIMS - 8}x")  # FkdRows with one size and one stride
-_LOSS = struct.Struct("=dddqqq")  # temperature, teacher_temperature, label_smoothing, divergence, soft, hard
+_NUMBERS = 16
+# temperature, teacher_temperature, label_smoothing, divergence, soft, hard, numbers
+_LOSS = struct.Struct(f"=dddqqq{_NUMBERS}d")
 
 
 def leading_layout(tensor: Tensor) -> list[tuple[int, int]]:
@@ -60,24 +66,31 @@ def rows_of(tensor: Tensor) -> bytes:
 @functools.lru_cache(maxsize=64)
 def loss_of(options: RowOptions) -> bytes:
     """FkdLoss."""
+    family = with_parameters(options.divergence, options.parameters).family
+    code = DIVERGENCES[options.divergence] if family is None else FAMILIES[type(family)]
+    if isinstance(family, Mixture) and family.level != 0:
+        code += 1  # FKD_SKEWED_MIXTURE
+    numbers = options.parameters if family is None else kernel_numbers(family)
     return _LOSS.pack(
         options.temperature,
         options.teacher_temperature,
         options.label_smoothing,
-        DIVERGENCES[options.divergence],
+        code,
         options.soft,
         options.hard,
+        *numbers,
+        *(0.0,) * (_NUMBERS - len(numbers)),
     )
 
 
-def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
-    """Why no native library can take these tensors, or this divergence."""
+def refuses(student: Tensor, teacher: Tensor) -> str | None:
+    """Why no native library can take these tensors."""
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if logits.dtype not in DTYPES:
             return f"it takes float32, bfloat16 and float16, and {name} is {logits.dtype}; the torch backend takes it"
         if logits.dim() > _MAX_DIMS + 1 and len(leading_layout(logits)) > _MAX_DIMS:
             return f"{name} has more than {_MAX_DIMS} separately strided dimensions; the torch backend takes it"
-    return lacks(divergence)
+    return None
 
 
 Arguments = tuple[list[Any], list[Tensor]]  # as ctypes takes them; and what has to live until the call returns

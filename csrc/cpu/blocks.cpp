@@ -1,89 +1,22 @@
-// Plain loops, vectorised by the compiler, once per instruction set (target_clones picks at load time).
+// Plain loops over a block of a row.
 #include "blocks.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
 
-#include "../storage.h"
-
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(FKD_NO_CLONES)
-#define FKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FKD_CLONES
-#endif
-#if defined(__GNUC__)
-#define FKD_INLINED __attribute__((always_inline))
-#define FKD_PREFETCH(address) __builtin_prefetch(address)
-#else
-#define FKD_INLINED
-#define FKD_PREFETCH(address) (void)(address)
-#endif
-#define FKD_SIMD _Pragma("omp simd")
-#define FKD_SIMD_SUM(...) _Pragma(FKD_STRING(omp simd reduction(+ : __VA_ARGS__)))
-#define FKD_STRING(x) #x
+#include "lanes.h"
 
 namespace fused_kd {
 namespace {
 
-// A run-time choice as a type: call(constant or dtype).
-template <class Call>
-auto with_hard(Hard hard, const Call& call) {
-    switch (hard) {
-        case Hard::same: return call(std::integral_constant<Hard, Hard::same>());
-        case Hard::square: return call(std::integral_constant<Hard, Hard::square>());
-        case Hard::exponential: return call(std::integral_constant<Hard, Hard::exponential>());
-        default: return call(std::integral_constant<Hard, Hard::off>());
-    }
-}
-template <class Call>
-auto with_dtype(int64_t dtype, const Call& call) {
-    switch (dtype) {
-        case FKD_BFLOAT16: return call(Bfloat16());
-        case FKD_FLOAT16: return call(Float16());
-        default: return call(Float32());
-    }
-}
-template <class Dtype>
-typename Dtype::Bits* elements(void* data, Dtype) {
-    return static_cast<typename Dtype::Bits*>(data);
-}
-template <class Dtype>
-const typename Dtype::Bits* elements(const void* data, Dtype) {
-    return static_cast<const typename Dtype::Bits*>(data);
-}
-
-// A block's sums are kept in this many lanes, whatever the width of the machine's vectors: so their order, and with it
-// a row's bits, depends on neither that nor the alignment of the data.
-constexpr int kLanes = 16;
 // Where the teacher is sure, so many columns are summed by themselves: else the lane that holds all of p would round away
 // what follows it there.
 constexpr int kRun = 512;
 // So many columns before they are read, memory is asked for the logits of a gradient.
 constexpr int kAhead = 512;
-
-// All lanes as one: halves onto halves, in an order that no width of a vector changes.
-template <int lanes, class T, class Join>
-FKD_MATH T joined(const T* x, const Join& join) {
-    if constexpr (lanes == 1) {
-        return x[0];
-    } else {
-        T half[lanes / 2];
-        FKD_SIMD
-        for (int l = 0; l < lanes / 2; ++l) half[l] = join(x[l], x[l + lanes / 2]);
-        return joined<lanes / 2>(half, join);
-    }
-}
-FKD_MATH float total(const float* lanes) { return joined<kLanes>(lanes, [](float a, float b) { return a + b; }); }
-
-// Asks memory for the next block's kLanes columns from j: a little at a time, so that it comes during the arithmetic.
-template <int streams>
-FKD_MATH void fetch(const Ahead& a, int j) {
-    for (int i = 0; i < streams; ++i) FKD_PREFETCH(a.at[i] + j * a.size[i]);
-}
 
 // Four floats at a time, to addresses that are multiples of 16. They reach memory by the next fence.
 FKD_MATH void store_past_caches(const float (&x)[kLanes], float* to) {
@@ -94,21 +27,8 @@ FKD_MATH void store_past_caches(const float (&x)[kLanes], float* to) {
 #endif
 }
 
-// The last columns of a block that do not fill its lanes, with -inf in the others: those add nothing.
-template <class Dtype, int lanes>
-struct Tail {
-    typename Dtype::Bits x[lanes];
-
-    FKD_MATH Tail of(const typename Dtype::Bits* x, int n) {
-        Tail tail;
-        FKD_SIMD
-        for (int l = 0; l < lanes; ++l) tail.x[l] = l < n ? x[l] : Dtype::kMinusInf;
-        return tail;
-    }
-};
-
 // The columns from j to `end`.
-template <Hard hard, Distance distance, bool keep>
+template <Hard hard, bool exchanged, Distance distance, bool keep>
 FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict t, int j, int end, Centre m, Scales k,
                              float* __restrict excess, float* __restrict e_t, float* __restrict e_1, Ahead ahead) {
     float z_s[kLanes] = {}, z_t[kLanes] = {}, b1[kLanes] = {}, b2[kLanes] = {}, apart[kLanes] = {}, z_1[kLanes] = {};
@@ -134,7 +54,8 @@ FKD_CLONES BlockSums sums_of(const float* __restrict s, const float* __restrict 
                 difference = part.excess;
             }
             if (hard != Hard::off) {
-                const float e = hard_exponential<hard>(pair.e_s, x[l], m.student);
+                const float e = exchanged ? hard_exponential<hard>(pair.e_t, w[l], m.teacher)
+                                          : hard_exponential<hard>(pair.e_s, x[l], m.student);
                 z_1[l] += e;
                 if (keep && hard == Hard::exponential) e_1[j + l] = e;
             }
@@ -153,7 +74,7 @@ template <Hard hard, class Dtype, class Teacher, bool past_caches>
 FKD_CLONES void gradient_of(const typename Dtype::Bits* s, const typename Teacher::Bits* t, int n, GradientScales r,
                             Scales k, typename Dtype::Bits* g) {
     constexpr int lanes = kLanes * 4 / sizeof(*g);
-    const float by_e_t = r.soft * r.per_z_t, ratio = r.per_z_s / r.per_z_t;
+    const float by_e_t = r.soft * r.sums.per_z_t, ratio = r.sums.per_z_s / r.sums.per_z_t;
     // (No __restrict: g may be s.)
     const auto step = [&](const auto* x, const auto* w, auto* out) FKD_INLINED {
         for (int l = 0; l < lanes; l += kLanes) {
@@ -237,6 +158,20 @@ FKD_CLONES void hard_gradient_of_kept(const float* __restrict e_1, int n, KeptFa
     for (int j = 0; j < n; ++j) g[j] = Dtype::narrowed(e_1[j] * f.by_e_1 + f.constant);
 }
 
+template <class Dtype, bool past_caches>
+FKD_CLONES void narrow_all(const float* x, int n, typename Dtype::Bits* out) {
+    int j = 0;
+    if constexpr (past_caches) {
+        alignas(16) float some[kLanes];
+        for (; j + kLanes <= n; j += kLanes) {
+            std::memcpy(some, x + j, sizeof(some));
+            store_past_caches(some, out + j);
+        }
+    }
+    FKD_SIMD
+    for (int l = j; l < n; ++l) out[l] = Dtype::narrowed(x[l]);
+}
+
 template <class Dtype>
 FKD_CLONES void widen_all(const typename Dtype::Bits* __restrict x, int n, float* __restrict out) {
     FKD_SIMD
@@ -245,14 +180,15 @@ FKD_CLONES void widen_all(const typename Dtype::Bits* __restrict x, int n, float
 
 }  // namespace
 
-BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, Distance guess,
+BlockSums block_sums(Hard hard, bool exchanged, const float* s, const float* t, int n, Centre m, const Scales& k, Distance guess,
                      bool sure, const Kept* kept, const Ahead& ahead) {
     const int run = sure ? kRun : kBlock;
     return with_hard(hard, [&](auto h) {
         const auto sums = [&](auto d) {
             const auto part = [&](int j, int end) {
-                return kept ? sums_of<h.value, d.value, true>(s, t, j, end, m, k, kept->excess, kept->e_t, kept->e_1, ahead)
-                            : sums_of<h.value, d.value, false>(s, t, j, end, m, k, nullptr, nullptr, nullptr, ahead);
+                if (exchanged) return sums_of<h.value, true, d.value, false>(s, t, j, end, m, k, nullptr, nullptr, nullptr, ahead);
+                return kept ? sums_of<h.value, false, d.value, true>(s, t, j, end, m, k, kept->excess, kept->e_t, kept->e_1, ahead)
+                            : sums_of<h.value, false, d.value, false>(s, t, j, end, m, k, nullptr, nullptr, nullptr, ahead);
             };
             BlockSums all = {};
             for (int j = 0; j < n; j += run) all += part(j, std::min(j + run, n));
@@ -324,6 +260,14 @@ void widen(const void* x, int64_t dtype, int n, float* out) {
 
 void narrow(float x, Output out) {
     with_dtype(out.dtype, [&](auto d) { *elements(out.data, d) = d.narrowed(x); });
+}
+
+void narrow(const float* x, int n, Output out) {
+    with_dtype(out.dtype, [&](auto d) {
+        if constexpr (std::is_same_v<decltype(d), Float32>)
+            if (out.past_caches) return narrow_all<Float32, true>(x, n, elements(out.data, d));
+        narrow_all<decltype(d), false>(x, n, elements(out.data, d));
+    });
 }
 
 float block_hard_sum(const float* s, int n, float student_max, float* e_1) {

@@ -1,7 +1,7 @@
 // Loops over one block of a row: up to kBlock adjacent columns, in L1 or L2. The arithmetic is float32 whatever the
 // logits' dtype: a block is widened when it is read, and the gradient is narrowed as it is written.
 #pragma once
-#include "../row_math.h"
+#include "../families.h"
 
 namespace fused_kd {
 
@@ -56,9 +56,11 @@ struct KeptFactors {
 struct GradientScales {
     Centre centre;
     float teacher_from;  // what is taken off the teacher's logits before they are scaled
-    float per_z_s, per_z_t, log_ratio, soft;
+    RowSums sums;
+    float log_ratio, soft;
     float hard, constant;
     float at_label;  // the hard term's whole gradient at the label
+    float growth, top;  // of other divergences: FkdStat
 };
 
 // Logits in their dtype (FkdDtype), to be widened as they are read; and where a gradient goes, rounded to its dtype.
@@ -78,12 +80,20 @@ Sample block_sample(const float* s, const float* t, int n, float teacher_max, Sc
 void block_scale(const float* x, int n, float from, float factor, float* out);  // (x - from) * factor
 EntropySums block_entropy_sums(const float* t, int n, float teacher_max, const Scales& k);
 float block_hard_sum(const float* s, int n, float student_max, float* e_1);  // e_1 may be null
+// `exchanged`: s is the teacher's and t the student's, of which the hard term's sum is then.
 // `guess`: how far it is likely to be, or less; `sure`: whether one column may have nearly all of p; kept may be null.
-BlockSums block_sums(Hard hard, const float* s, const float* t, int n, Centre m, const Scales& k, Distance guess,
+BlockSums block_sums(Hard hard, bool exchanged, const float* s, const float* t, int n, Centre m, const Scales& k, Distance guess,
                      bool sure, const Kept* kept, const Ahead& ahead);
 // t has the dtype of s or is float32, and g the dtype of s.
 void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r, const Scales& k, Output g);
 void block_hard_gradient(const float* s, int n, const GradientScales& r, Output g);
+// Of a block whose row is finished, measured from r.centre; and of LogitMSE, measured from 0.
+TermSums<float> block_term_sums(int64_t divergence, const float* s, const float* t, int n, const GradientScales& r,
+                                const Scales& k, const FamilyNumbers& f, const Ahead& ahead);
+Moments<float> block_moments(const float* s, const float* t, int n, const Scales& k, const Ahead& ahead);
+// The gradient of what is neither forward KL nor cross entropy, as GradientScales has it. g may be s.
+void block_other_gradient(int64_t divergence, Hard hard, const float* s, const float* t, int n, const GradientScales& r,
+                          const Scales& k, const FamilyNumbers& f, float* g, const Ahead& ahead);
 void finish_stores();  // what was written past the caches is there for other threads
 void block_gradient_of_kept(Hard hard, const Kept& kept, int n, const KeptFactors& f, Output g);
 void block_hard_gradient_of_kept(const Kept& kept, int n, const KeptFactors& f, Output g);
@@ -91,5 +101,6 @@ void block_hard_gradient_of_kept(const Kept& kept, int n, const KeptFactors& f, 
 // 16-bit floats to float32, and one float32 to any dtype.
 void widen(const void* x, int64_t dtype, int n, float* out);
 void narrow(float x, Output out);
+void narrow(const float* x, int n, Output out);
 
 }  // namespace fused_kd

@@ -1,25 +1,15 @@
 // The three verbs on the CPU. A row is a sequence of blocks: each is measured by itself, the results are merged from
-// left to right, and the finished row gives every block its part of the gradient. That sequence depends on the
+// left to right, for a family of divergences all blocks are visited again (csrc/families.h), and the finished row gives
+// every block its part of the gradient. That sequence depends on the
 // vocabulary alone, so a row's bits depend neither on the other rows nor on the number of threads.
 #include <algorithm>
 #include <new>
 #include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-static int omp_get_thread_num() { return 0; }
-#endif
-
-#include "logits.h"
+#include "schedule.h"
 
 namespace fused_kd {
 namespace {
-
-// Below this many columns for each, more threads cost more than they bring.
-constexpr int64_t kColumnsPerThread = 1 << 12;
-// With fewer rows than this for each thread, threads share the blocks of a row.
-constexpr int64_t kRowsPerThread = 4;
 
 // What is at least this many bytes is in no cache when somebody reads it next.
 constexpr int64_t kLargerThanCaches = int64_t(32) << 20;
@@ -32,6 +22,8 @@ struct Range {
 // What one row needs while it is worked on.
 struct Workspace {
     std::vector<Partial<double>> pieces;  // one a block
+    std::vector<Moments<double>> moments;
+    std::vector<TermSums<double>> terms;
     std::vector<float> kept;              // fused verb: kept_ floats a column
     float stats[FKD_STATS];
 };
@@ -40,17 +32,20 @@ class Verb {
   public:
     Verb(const FkdRows& student, const FkdRows& teacher, const int64_t* targets, const FkdLoss& loss, int64_t threads)
         : student_(student), teacher_(teacher), targets_(targets), loss_(loss), scales_(loss.temperature),
+          numbers_(loss.numbers),
           teacher_factor_(static_cast<float>(loss.temperature / loss.teacher_temperature)), rows_(row_count(student)),
-          columns_(std::min(student.columns, teacher.columns)), blocks_((columns_ + kBlock - 1) / kBlock),
-          threads_(std::max<int64_t>(1, std::min(threads, rows_ * columns_ / kColumnsPerThread))),
-          split_(blocks_ > 1 && rows_ < threads_ * kRowsPerThread),
+          columns_(std::min(student.columns, teacher.columns)), schedule_(rows_, columns_, threads),
+          of_logits_(loss.soft && loss.divergence == FKD_LOGIT_MSE),
+          of_family_(loss.soft && loss.divergence >= FKD_LINEAR),
+          other_(loss.soft && loss.divergence >= FKD_REVERSE_KL),
           hard_(!loss.hard                ? Hard::off
-                : !loss.soft              ? Hard::exponential
+                : !loss.soft || of_logits_ ? Hard::exponential
                 : loss.temperature == 1.0 ? Hard::same
                 : loss.temperature == 2.0 ? Hard::square
                                           : Hard::exponential),
-          kept_(!loss.soft ? 1 : hard_ == Hard::exponential ? 3 : 2) {
-        if (columns_ == 1) scales_.unit = 0;  // both probabilities are 1, whatever the last bit says
+          kept_(!loss.soft ? 1 : other_ ? 0 : hard_ == Hard::exponential ? 3 : 2) {
+        scales_.exchanged = loss.soft && loss.divergence == FKD_REVERSE_KL;
+        if (columns_ == 1 && !of_logits_) scales_.unit = 0;  // both probabilities are 1, whatever the last bit says
     }
 
     int64_t first_bad_target() const {
@@ -61,58 +56,61 @@ class Verb {
 
     void forward(float* soft, float* hard, float* stats) const {
         std::vector<Workspace> spaces = workspaces(0);
-        run([&](int64_t row, int64_t b, int64_t before) {
-                measure(row, b, space(spaces, row), before, nullptr);
-            },
-            [&](int64_t row) { finish(row, space(spaces, row), soft, hard, stats + row * FKD_STATS); },
-            [](int64_t, int64_t) {});
+        const auto of_row = [=](int64_t row) { return stats + row * FKD_STATS; };
+        run(spaces, nullptr, soft, hard, of_row, [](int64_t, int64_t) {});
     }
 
     void backward(const float* stats, const float* grad_soft, const float* grad_hard, const FkdRows& gradient) const {
         prefer_huge_pages(gradient);
-        run([](int64_t, int64_t, int64_t) {}, [](int64_t) {},
-            [&](int64_t row, int64_t b) {
-                const float* stat = stats + row * FKD_STATS;
-                const GradientScales r = gradient_scales(row, stat, grad_soft, grad_hard);
-                write_gradient(row, b, gradient, r, [&](Range at, Output g) {
-                    float buffer[kBlock];
-                    const LogitsRow student(student_, row), teacher(teacher_, row);
-                    if (!loss_.soft) return block_hard_gradient(student.read(at.begin, at.n, buffer), at.n, r, g);
-                    const Input s = student.input(at.begin);
-                    Input t = teacher.input(at.begin);
-                    if (t.dtype != s.dtype || scaled()) {
-                        const float* widened = teacher.read(at.begin, at.n, buffer);
-                        t = {teacher_scaled(widened, at.n, stat[FKD_TEACHER_MAX], buffer), FKD_FLOAT32};
-                    }
-                    block_gradient(hard_, s, t, at.n, r, scales_, g);
-                });
+        const auto none = [](auto...) {};
+        schedule_.run(none, none, none, none, [&](int64_t row, int64_t b) {
+            const GradientScales r = gradient_scales(row, stats + row * FKD_STATS, grad_soft, grad_hard);
+            write_gradient(row, b, gradient, r, [&](Range at, Output g) {
+                if (other_) return other_gradient(row, at, r, g);
+                float buffer[kBlock];
+                const LogitsRow student(student_, row), teacher(teacher_, row);
+                if (!loss_.soft) return block_hard_gradient(student.read(at.begin, at.n, buffer), at.n, r, g);
+                const Input s = student.input(at.begin);
+                Input t = teacher.input(at.begin);
+                if (t.dtype != s.dtype || scaled()) {
+                    const float* widened = teacher.read(at.begin, at.n, buffer);
+                    t = {teacher_scaled(widened, at.n, r.teacher_from, buffer), FKD_FLOAT32};
+                }
+                block_gradient(hard_, s, t, at.n, r, scales_, g);
             });
+        });
     }
 
     void fused(const float* coef_soft, const float* coef_hard, float* soft, float* hard,
                const FkdRows& gradient) const {
         prefer_huge_pages(gradient);
         std::vector<Workspace> spaces = workspaces(kept_);
-        run([&](int64_t row, int64_t b, int64_t before) {
-                measure(row, b, space(spaces, row), before, &gradient);
-            },
-            [&](int64_t row) {
-                Workspace& w = space(spaces, row);
-                finish(row, w, soft, hard, w.stats);
-            },
-            [&](int64_t row, int64_t b) {
-                Workspace& w = space(spaces, row);
-                const GradientScales r = gradient_scales(row, w.stats, coef_soft, coef_hard);
-                write_gradient(row, b, gradient, r, [&](Range at, Output g) {
-                    const KeptFactors f = kept_factors(w.pieces[static_cast<size_t>(b)], r);
-                    const Kept kept = kept_block(w, b);
-                    loss_.soft ? block_gradient_of_kept(hard_, kept, at.n, f, g)
-                               : block_hard_gradient_of_kept(kept, at.n, f, g);
-                });
+        const auto of_row = [&](int64_t row) { return space(spaces, row).stats; };
+        run(spaces, &gradient, soft, hard, of_row, [&](int64_t row, int64_t b) {
+            Workspace& w = space(spaces, row);
+            const GradientScales r = gradient_scales(row, w.stats, coef_soft, coef_hard);
+            write_gradient(row, b, gradient, r, [&](Range at, Output g) {
+                if (other_) return other_gradient(row, at, r, g);
+                const KeptFactors f = kept_factors(w.pieces[static_cast<size_t>(b)], r);
+                const Kept kept = kept_block(w, b);
+                loss_.soft ? block_gradient_of_kept(hard_, kept, at.n, f, g)
+                           : block_hard_gradient_of_kept(kept, at.n, f, g);
             });
+        });
     }
 
   private:
+    // The visits of the rows up to their values and stats; `gradient`: that of the fused verb.
+    template <class Stats, class Fill>
+    void run(std::vector<Workspace>& spaces, const FkdRows* gradient, float* soft, float* hard, const Stats& stats,
+             const Fill& fill) const {
+        schedule_.run(
+            [&](int64_t row, int64_t b, int64_t before) { measure(row, b, space(spaces, row), before, gradient); },
+            [&](int64_t row) { finish(row, space(spaces, row), soft, hard, stats(row)); },
+            [&](int64_t row, int64_t b) { if (of_family_) sweep(row, b, space(spaces, row), stats(row)); },
+            [&](int64_t row) { if (of_family_) conclude(row, space(spaces, row), soft, stats(row)); },
+            fill);
+    }
     Range range(int64_t b) const {
         return {b * kBlock, static_cast<int>(std::min<int64_t>(kBlock, columns_ - b * kBlock))};
     }
@@ -123,11 +121,15 @@ class Verb {
         block_scale(t, n, from, teacher_factor_, buffer);
         return buffer;
     }
+    const float* read_teacher(int64_t row, Range at, float from, float* buffer) const {
+        return teacher_scaled(LogitsRow(teacher_, row).read(at.begin, at.n, buffer), at.n, from, buffer);
+    }
     bool scaled() const { return teacher_factor_ != 1.0f; }
     // What is touched after block b of `row`: the next block of logits, and in step with it the gradient of row
     // `before` and what is kept, where the verb has them. A stream that it lacks repeats the first.
-    Ahead ahead(int64_t row, int64_t b, int64_t before, const FkdRows* gradient, const float* kept) const {
-        if (++b == blocks_) {
+    Ahead ahead(int64_t row, int64_t b, int64_t before = -1, const FkdRows* gradient = nullptr,
+                const float* kept = nullptr) const {
+        if (++b == schedule_.blocks()) {
             before = row;
             row = std::min(row + 1, rows_ - 1);
             b = 0;
@@ -157,21 +159,20 @@ class Verb {
     }
     bool labelled(int64_t row) const { return hard_ != Hard::off && targets_[row] >= 0; }
 
-    // As many rows are worked on at a time as there are threads. Where threads share rows, a row's workspace is the
-    // row's, else it is the thread's.
     std::vector<Workspace> workspaces(int64_t kept) const {
-        std::vector<Workspace> spaces(static_cast<size_t>(std::min(rows_, threads_)));
+        std::vector<Workspace> spaces(static_cast<size_t>(schedule_.spaces()));
+        const size_t blocks = static_cast<size_t>(schedule_.blocks());
         for (Workspace& w : spaces) {
-            w.pieces.resize(static_cast<size_t>(blocks_));
+            w.pieces.resize(blocks);
+            w.moments.resize(of_logits_ ? blocks : 0);
+            w.terms.resize(of_family_ ? blocks : 0);
             w.kept.resize(static_cast<size_t>(kept * kept_stride()));
         }
         return spaces;
     }
-    Workspace& space(std::vector<Workspace>& spaces, int64_t row) const {
-        return spaces[static_cast<size_t>(split_ ? row % threads_ : omp_get_thread_num())];
-    }
+    Workspace& space(std::vector<Workspace>& spaces, int64_t row) const { return spaces[schedule_.space(row)]; }
     // The three are read and written side by side: at a distance of whole pages they would evict one another.
-    int64_t kept_stride() const { return blocks_ * kBlock + 272; }
+    int64_t kept_stride() const { return schedule_.blocks() * kBlock + 272; }
     Kept kept_block(Workspace& w, int64_t b) const {
         const int64_t stride = kept_stride();
         float* first = w.kept.data() + b * kBlock;
@@ -179,86 +180,53 @@ class Verb {
         return {first, first + stride, hard_ == Hard::exponential ? first + 2 * stride : nullptr};
     }
 
-    // measure(row, b, before) for all blocks of a row, then finish(row), then fill(row, b) for all its blocks. A
-    // thread fills a row (bound by memory) in step with measuring its next one (bound by arithmetic), so that they
-    // overlap, and what is kept of a block gives its place to the next row's block while in cache. `before` is the row
-    // being filled, or -1.
-    template <class Measure, class Finish, class Fill>
-    void run(const Measure& measure, const Finish& finish, const Fill& fill) const {
-        if (!split_) {
-            const int64_t chunk = rows_at_once();
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
-            {
-                int64_t before = -1;
-#pragma omp for schedule(dynamic, chunk) nowait
-                for (int64_t row = 0; row < rows_; ++row) {
-                    for (int64_t b = 0; b < blocks_; ++b) {
-                        if (before >= 0) fill(before, b);
-                        measure(row, b, before);
-                    }
-                    finish(row);
-                    before = row;
-                }
-                for (int64_t b = 0; before >= 0 && b < blocks_; ++b) fill(before, b);
-            }
-            (void)chunk;
-            return;
-        }
-#pragma omp parallel num_threads(threads_) if (threads_ > 1)
-        for (int64_t begin = 0; begin < rows_; begin += threads_) {
-            const int64_t end = std::min(begin + threads_, rows_);
-#pragma omp for collapse(2)
-            for (int64_t row = begin; row < end; ++row)
-                for (int64_t b = 0; b < blocks_; ++b) measure(row, b, -1);
-#pragma omp for
-            for (int64_t row = begin; row < end; ++row) finish(row);
-#pragma omp for collapse(2)
-            for (int64_t row = begin; row < end; ++row)
-                for (int64_t b = 0; b < blocks_; ++b) fill(row, b);
-        }
-    }
-
-    // Rows handed to a thread at once: a huge page of the gradient, since two threads that touch a new page together
-    // both clear it, but no less than four turns for each thread, unless rows are tiny. Threads get equally many turns.
-    int64_t rows_at_once() const {
-        const int64_t page = std::min(kHugePage / 4 / columns_, rows_ / (4 * threads_));
-        const int64_t rows = std::max<int64_t>({1, kColumnsPerThread / columns_, page});
-        const int64_t turns = std::max<int64_t>(1, rows_ / (rows * threads_)) * threads_;
-        return (rows_ + turns - 1) / turns;
-    }
-
     void measure(int64_t row, int64_t b, Workspace& w, int64_t before, const FkdRows* gradient) const {
-        const bool keep = gradient != nullptr;  // the fused verb: fill() will write it from what is kept
         if (targets_[row] == FKD_SKIP) return;
+        const bool keep = gradient != nullptr && !other_;  // the fused verb: fill() will write it from what is kept
         float buffers[2][kBlock];
         const Range at = range(b);
         Partial<double> piece;
         const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
         const float max_s = block_maximum(s, at.n);
-        Centre centre = Centre::of(max_s, 0);
+        float student_from = max_s;
         const Kept kept = keep ? kept_block(w, b) : Kept{};
-        if (loss_.soft) {
+        if (of_logits_) {
+            const float* t = read_teacher(row, at, 0, buffers[1]);
+            w.moments[static_cast<size_t>(b)] = {};
+            w.moments[static_cast<size_t>(b)] += block_moments(s, t, at.n, scales_, ahead(row, b));
+            piece.max_t = 0;
+        } else if (loss_.soft) {
             const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffers[1]);
             const float max_t = block_maximum(t, at.n);
             t = teacher_scaled(t, at.n, max_t, buffers[1]);
-            const float top = scaled() ? 0 : max_t;
-            const Sample sample = block_sample(s, t, at.n, top, scales_);
-            centre = centre_of(max_s, top, sample, scales_);
+            const bool exchanged = scales_.exchanged;
+            float top = scaled() ? 0 : max_t, other_top = max_s;
+            const float *base = t, *other = s;  // the one that is 0 log 0, and the one it is compared with
+            if (exchanged) {
+                std::swap(base, other);
+                std::swap(top, other_top);
+            }
+            const Sample sample = block_sample(other, base, at.n, top, scales_);
+            Centre centre = centre_of(other_top, top, sample, scales_);
             const float variance = sample.variance * scales_.unit * scales_.unit;
             const Distance guess = variance > 4 * kFar    ? Distance::far
                                    : variance > 4 * kNear ? Distance::near
                                                           : Distance::close;
             const Ahead next = ahead(row, b, before, gradient, keep ? w.kept.data() : nullptr);
             const auto sums_from = [&](const Centre& m, Distance likely, bool sure) {
-                return block_sums(hard_, s, t, at.n, m, scales_, likely, sure, keep ? &kept : nullptr, next);
+                return block_sums(hard_, exchanged, other, base, at.n, m, scales_, likely, sure, keep ? &kept : nullptr,
+                                  next);
             };
             BlockSums sums = sums_from(centre, guess, !sample.spread());
             // A column with nearly all of p was taken for one of many. What the others have is all there is to see then.
             if ((sample.spread() || guess == Distance::far) && sums.z_t <= kSure) {
-                centre = Centre::of(max_s, top);
+                centre = Centre::of(other_top, top);
                 sums = sums_from(centre, Distance::close, true);
             }
-            piece.max_t = scaled() ? static_cast<double>(max_t) * teacher_factor_ : centre.teacher;
+            student_from = exchanged ? centre.teacher : centre.student;
+            piece.max_s = centre.student;
+            piece.max_t = centre.teacher;
+            if (scaled()) (exchanged ? piece.max_s : piece.max_t) += static_cast<double>(max_t) * teacher_factor_;
             piece.z_s = sums.z_s;
             piece.z_t = sums.z_t;
             piece.b1 = sums.b1;
@@ -271,16 +239,17 @@ class Verb {
                 piece.h = entropy.h;
                 piece.rest = entropy.rest;
             }
-        } else if (labelled(row)) {
-            piece.z_1 = block_hard_sum(s, at.n, centre.student, kept.e_1);
+        }
+        if (!loss_.soft || of_logits_) {
+            piece.max_s = student_from;
+            if (labelled(row)) piece.z_1 = block_hard_sum(s, at.n, student_from, kept.e_1);
         }
         if (labelled(row)) {
             const int64_t label = targets_[row] - at.begin;
             if (0 <= label && label < at.n)
-                piece.z_1 = without_label(s, at.n, static_cast<int>(label), centre.student, piece.z_1);
+                piece.z_1 = without_label(s, at.n, static_cast<int>(label), student_from, piece.z_1);
             if (loss_.label_smoothing > 0) piece.sum = block_sum(s, at.n);
         }
-        piece.max_s = centre.student;
         if (!(max_s < INFINITY)) piece.z_s = piece.z_1 = NAN;
         w.pieces[static_cast<size_t>(b)] = piece;
     }
@@ -302,32 +271,87 @@ class Verb {
             total = w.pieces[0];
             for (size_t b = 1; b < w.pieces.size(); ++b) total = merge(total, w.pieces[b], scales_);
         }
-        if (target != FKD_SKIP && loss_.soft) {
+        double growth = 0, top = 0;
+        if (target != FKD_SKIP && of_logits_) {
+            Moments<double> moments;
+            for (const Moments<double>& x : w.moments) moments += x;
+            const double mean = moments.mean, count = moments.count;
+            const bool centred = numbers_.parameter[0] != 0;
+            growth = centred ? mean : 0;
+            top = centred && count == 1 ? 0 : 1 / count;  // nothing is left of one column, whatever the last bit says
+            soft[row] = static_cast<float>((moments.squares / count + (mean - growth) * (mean - growth)) / 2);
+        } else if (target != FKD_SKIP && loss_.soft) {
             finish_soft(total, result);
             const double entropy = loss_.divergence == FKD_CROSS_ENTROPY ? teacher_entropy(total) : 0;
             soft[row] = static_cast<float>(result.kl + entropy);
         }
+        if (target != FKD_SKIP && scales_.exchanged) {
+            const double mean = total.b1 / total.z_t;
+            growth = result.kl;
+            top = std::isfinite(result.kl) ? mean : NAN;
+            std::swap(total.max_s, total.max_t);
+            std::swap(total.z_s, total.z_t);
+            result.log_ratio = -result.log_ratio;
+        }
         if (labelled(row)) {
             const double label_logit = LogitsRow(student_, row).read(target);
-            finish_hard(total, label_logit, result);
+            finish_hard(total, total.max_s, label_logit, result);
             const double value = smoothed(result.nll, label_logit, total.sum, columns_, loss_.label_smoothing);
             hard[row] = static_cast<float>(value);
         }
         const double max_t = total.max_t / teacher_factor_;
-        const double values[FKD_STATS] = {total.max_s,      max_t,           total.z_s,  total.z_t,
-                                          result.log_ratio, result.hard_sum, result.miss};
+        const double values[FKD_STATS] = {total.max_s,      max_t,           total.z_s,   total.z_t, result.log_ratio,
+                                          result.hard_sum, result.miss, growth, top};
         for (int i = 0; i < FKD_STATS; ++i) stats[i] = static_cast<float>(values[i]);
     }
 
-    GradientScales gradient_scales(int64_t row, const float* stats, const float* soft, const float* hard) const {
-        GradientScales r;
+    void sweep(int64_t row, int64_t b, Workspace& w, const float* stats) const {
+        if (targets_[row] == FKD_SKIP) return;
+        float buffers[2][kBlock];
+        const Range at = range(b);
+        const GradientScales r = row_scales(stats);
+        const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
+        const float* t = read_teacher(row, at, r.teacher_from, buffers[1]);
+        w.terms[static_cast<size_t>(b)] = {};
+        w.terms[static_cast<size_t>(b)] += block_term_sums(loss_.divergence, s, t, at.n, r, scales_, numbers_, ahead(row, b));
+    }
+
+    void conclude(int64_t row, const Workspace& w, float* soft, float* stats) const {
+        if (targets_[row] == FKD_SKIP) return;
+        TermSums<double> sums;
+        for (const TermSums<double>& x : w.terms) sums += x;
+        const bool whole = stats[FKD_LOG_RATIO] == stats[FKD_LOG_RATIO];
+        soft[row] = whole ? static_cast<float>(sums.v) : NAN;
+        stats[FKD_GROWTH] = static_cast<float>(sums.growth());
+        stats[FKD_TOP] = static_cast<float>(sums.top());
+    }
+
+    void other_gradient(int64_t row, Range at, const GradientScales& r, Output g) const {
+        float buffers[3][kBlock];
+        const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
+        const float* t = read_teacher(row, at, r.teacher_from, buffers[1]);
+        const bool there = g.dtype == FKD_FLOAT32 && !g.past_caches;
+        float* out = there ? static_cast<float*>(g.data) : buffers[2];
+        block_other_gradient(loss_.divergence, hard_, s, t, at.n, r, scales_, numbers_, out,
+                             ahead(row, at.begin / kBlock));
+        if (!there) narrow(out, at.n, g);
+    }
+
+    // Without what the loss weighs the terms with.
+    GradientScales row_scales(const float* stats) const {
+        GradientScales r = {};
         r.centre = Centre::of(stats[FKD_STUDENT_MAX], scaled() ? 0 : stats[FKD_TEACHER_MAX]);
         r.teacher_from = stats[FKD_TEACHER_MAX];
-        r.per_z_s = 1 / stats[FKD_STUDENT_SUM];
-        r.per_z_t = 1 / stats[FKD_TEACHER_SUM];
+        r.sums = RowSums::of(stats[FKD_STUDENT_SUM], stats[FKD_TEACHER_SUM]);
         r.log_ratio = stats[FKD_LOG_RATIO];
+        r.growth = stats[FKD_GROWTH];
+        r.top = stats[FKD_TOP];
+        return r;
+    }
+
+    GradientScales gradient_scales(int64_t row, const float* stats, const float* soft, const float* hard) const {
+        GradientScales r = row_scales(stats);
         r.soft = loss_.soft ? soft[row] * scales_.unit : 0.0f;
-        r.hard = r.constant = r.at_label = 0;
         if (labelled(row)) {
             const float smoothing = static_cast<float>(loss_.label_smoothing);
             r.hard = hard[row] / stats[FKD_HARD_SUM];
@@ -343,7 +367,7 @@ class Verb {
                         const Fill& fill) const {
         const LogitsRow out(gradient, row);
         const Range at = range(b);
-        if (b == blocks_ - 1) out.write_zeros(columns_, gradient.columns);
+        if (b == schedule_.blocks() - 1) out.write_zeros(columns_, gradient.columns);
         if (targets_[row] == FKD_SKIP) return out.write_zeros(at.begin, at.begin + at.n);
         const int64_t label = targets_[row] - at.begin;
         const bool here = labelled(row) && 0 <= label && label < at.n;
@@ -351,7 +375,7 @@ class Verb {
         Output to = out.output(at.begin);
         to.past_caches = past_caches(gradient);
         fill(at, to);
-        if (to.past_caches && (split_ || b == blocks_ - 1)) finish_stores();
+        if (to.past_caches && (schedule_.split() || b == schedule_.blocks() - 1)) finish_stores();
         if (here) narrow(at_label, out.output(targets_[row]));
     }
 
@@ -361,17 +385,24 @@ class Verb {
         const float s = LogitsRow(student_, row).read(targets_[row]);
         float t = LogitsRow(teacher_, row).read(targets_[row]);
         t = *teacher_scaled(&t, 1, r.teacher_from, &t);
+        if (other_) {
+            GradientScales soft = r;
+            soft.constant = 0;
+            float g;
+            block_other_gradient(loss_.divergence, Hard::off, &s, &t, 1, soft, scales_, numbers_, &g, ahead(row, 0));
+            return r.at_label + g;
+        }
         const Pair pair = exponentials(s, t, r.centre, scales_);
         const float log_ratio = pair.delta - r.log_ratio;
-        return r.at_label + r.soft * probability_difference(pair.e_s * r.per_z_s, pair.e_t * r.per_z_t, log_ratio);
+        return r.at_label + r.soft * probability_difference(pair.e_s * r.sums.per_z_s, pair.e_t * r.sums.per_z_t, log_ratio);
     }
 
     // q - p = f_s e_s - f_t e_t = f_s (e_s - e_t) + (f_s - f_t) e_t, each factor without cancellation.
     KeptFactors kept_factors(const Partial<double>& piece, const GradientScales& r) const {
         const float down_s = static_cast<float>(piece.max_s - r.centre.student);
         const float down_t = static_cast<float>(piece.max_t - static_cast<double>(r.teacher_from) * teacher_factor_);
-        const float f_s = std::exp2(down_s * scales_.log2) * r.per_z_s;
-        const float f_t = std::exp2(down_t * scales_.log2) * r.per_z_t;
+        const float f_s = std::exp2(down_s * scales_.log2) * r.sums.per_z_s;
+        const float f_t = std::exp2(down_t * scales_.log2) * r.sums.per_z_t;
         const float apart = (down_s - down_t) * scales_.unit - r.log_ratio;
         const float f_1 = std::exp2(down_s * static_cast<float>(kLog2E));
         return {r.soft * f_s, r.soft * (std::fabs(apart) < 1 ? f_t * std::expm1(apart) : f_s - f_t),
@@ -383,9 +414,12 @@ class Verb {
     const int64_t* targets_;
     const FkdLoss& loss_;
     Scales scales_;
+    FamilyNumbers numbers_;
     float teacher_factor_;
-    int64_t rows_, columns_, blocks_, threads_;
-    bool split_;
+    int64_t rows_, columns_;
+    Schedule schedule_;
+    // The soft term is LogitMSE; a family's, which takes a second sweep; or anything but forward KL and cross entropy.
+    bool of_logits_, of_family_, other_;
     Hard hard_;
     int64_t kept_;  // floats a column that the fused verb keeps
 };

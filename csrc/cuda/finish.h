@@ -58,7 +58,7 @@ FKD_GPU void write_row(const Work& w, int64_t row, int64_t target, const Partial
     }
     if (w.use_hard && target >= 0) {
         const double logit = logit_of(w.student, row, target);
-        finish_hard(a, logit, result);
+        finish_hard(a, a.max_s, logit, result);
         hard = smoothed(result.nll, logit, a.sum, w.columns, static_cast<double>(w.smoothing));
     }
     const double down_s = a.max_s - student, down_t = w.use_soft ? a.max_t - max_t : 0;

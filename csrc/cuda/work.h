@@ -69,6 +69,7 @@ struct Work {
 // Of whole rows, in float64: of the factors that lanes use, not of better ones.
 struct RowScales {
     double log2, unit;
+    bool exchanged = false;
 
     // In one column both probabilities are 1, whatever the last bit says.
     FKD_GPU_MEMBER explicit RowScales(const Work& w) : log2(w.k_s), unit(w.columns == 1 ? 0 : w.unit) {}

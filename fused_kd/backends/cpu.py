@@ -18,7 +18,7 @@ def unavailable() -> str | None:
 def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
     if student.device.type != "cpu":
         return f"it takes tensors on the CPU, and student_logits is on {student.device}"
-    return native.refuses(student, teacher, divergence)
+    return native.refuses(student, teacher)
 
 
 def rows_forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
