@@ -96,13 +96,13 @@ template <bool skewed>
 struct Mixture {
     FKD_MATH Terms terms(const FamilyNumbers& n, const RowSums& z, float x_s, float x_t, float d) {
         const float share = n.parameter[0], of_p = n.parameter[1], of_q = n.parameter[2];
-        d = d < 1e30f ? d : 1e30f;  // 0 log 0 = 0, also where both are 0
-        d = d > -1e30f ? d : -1e30f;
+        float magnitude = std::fabs(d);
+        magnitude = magnitude < 1e30f ? magnitude : 1e30f;  // 0 log 0 = 0, also where both are 0
         // Of two things one, by arithmetic: of a choice GCC 12 makes a branch, and repeats what follows in both.
-        const float more_q = static_cast<float>(d > 0), above = more_q * d, below = d - above;
+        const float more_q = static_cast<float>(d > 0), above = more_q * magnitude, below = above - magnitude;
         const float log2_p = x_t - z.grid_t, log2_q = x_s - z.grid_s;  // nearly
         const float larger = exp2_of(log2_p > log2_q ? log2_p : log2_q) * (z.fine_t + more_q * (z.fine_s - z.fine_t));
-        const float less = 1 - exp2_of(-std::fabs(d) * static_cast<float>(kLog2E));  // smaller / larger = 1 - less
+        const float less = 1 - exp2_of(-magnitude * static_cast<float>(kLog2E));  // smaller / larger = 1 - less
         const float p = larger * (1 - more_q * less), q = larger * (1 - less + more_q * less);
         const float x = -less * (1 - share + more_q * (2 * share - 1)), w = 1 + x;  // w = m / larger
         const float log_w = log1p_of(x, w);
