@@ -12,6 +12,7 @@ struct FamilyNumbers {
     float reach;  // below this |d| a column is near
     float of_value[6], of_gradient[6];
 
+    FamilyNumbers() = default;
     FKD_MEMBER explicit FamilyNumbers(const double* x) {
         for (int i = 0; i < 3; ++i) parameter[i] = static_cast<float>(x[i]);
         reach = static_cast<float>(x[3]);
@@ -140,6 +141,46 @@ struct Variation {
     }
 };
 
+// What a finished row's gradient needs.
+struct Finished {
+    RowSums sums;
+    float log_ratio, growth, top;  // FkdStat
+
+    FKD_MATH Finished of(const float* stats) {
+        return {RowSums::of(stats[FKD_STUDENT_SUM], stats[FKD_TEACHER_SUM]), stats[FKD_LOG_RATIO], stats[FKD_GROWTH],
+                stats[FKD_TOP]};
+    }
+};
+
+// The soft term's gradient at a column, times tau; and q, of which the hard term's may be a power.
+struct Slope {
+    float soft, q;
+};
+// delta = log(e_s / e_t), and difference = s / tau - t / tau_t.
+template <class Family>
+struct SlopeOf {
+    FKD_MATH Slope at(float x_s, float x_t, float delta, float, const Finished& row, const FamilyNumbers& n) {
+        const Terms part = Family::terms(n, row.sums, x_s, x_t, delta - row.log_ratio);
+        return {part.q > 0.5f ? row.top : part.c - part.q * row.growth, part.q};
+    }
+};
+struct ReverseKL {};
+template <>
+struct SlopeOf<ReverseKL> {
+    FKD_MATH Slope at(float x_s, float, float delta, float, const Finished& row, const FamilyNumbers&) {
+        const float q = exp2_of(x_s) * row.sums.per_z_s;
+        return {times(q, delta) + q * row.top, q};
+    }
+};
+struct LogitMSE {};
+template <>
+struct SlopeOf<LogitMSE> {
+    FKD_MATH Slope at(float x_s, float x_t, float, float difference, const Finished& row, const FamilyNumbers&) {
+        const bool counts = (x_s != -INFINITY) & (x_t != -INFINITY);
+        return {counts ? (difference - row.growth) * row.top : 0.0f, 0};
+    }
+};
+
 // Of columns of a row. In a column with more than half of q, c - q G is a small difference of large numbers, which the
 // other columns have: c - q G = rest_q G - rest_c.
 template <class Real>
@@ -172,5 +213,14 @@ struct Moments {
         count = all;
     }
 };
+
+// LogitMSE's value of a row, and its stats. Of one column nothing is left once its mean is taken off, whatever the last
+// bit says.
+FKD_MATH double mean_squares(const Moments<double>& m, bool centred, float* stats) {
+    const double growth = centred ? m.mean : 0, rest = m.mean - growth;
+    stats[FKD_GROWTH] = static_cast<float>(growth);
+    stats[FKD_TOP] = static_cast<float>(centred && m.count == 1 ? 0 : 1 / m.count);
+    return (m.squares / m.count + rest * rest) / 2;
+}
 
 }  // namespace fused_kd

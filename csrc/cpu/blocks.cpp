@@ -74,7 +74,7 @@ template <Hard hard, class Dtype, class Teacher, bool past_caches>
 FKD_CLONES void gradient_of(const typename Dtype::Bits* s, const typename Teacher::Bits* t, int n, GradientScales r,
                             Scales k, typename Dtype::Bits* g) {
     constexpr int lanes = kLanes * 4 / sizeof(*g);
-    const float by_e_t = r.soft * r.sums.per_z_t, ratio = r.sums.per_z_s / r.sums.per_z_t;
+    const float by_e_t = r.soft * r.row.sums.per_z_t, ratio = r.row.sums.per_z_s / r.row.sums.per_z_t;
     // (No __restrict: g may be s.)
     const auto step = [&](const auto* x, const auto* w, auto* out) FKD_INLINED {
         for (int l = 0; l < lanes; l += kLanes) {
@@ -85,7 +85,7 @@ FKD_CLONES void gradient_of(const typename Dtype::Bits* s, const typename Teache
         for (int l = 0; l < lanes; ++l) {
             const float logit = Dtype::widened(x[l]);
             const Pair pair = exponentials<sizeof(*w) == 4>(logit, Teacher::widened(w[l]), r.centre, k);
-            const float difference = probability_difference(ratio * pair.e_s, pair.e_t, pair.delta - r.log_ratio);
+            const float difference = probability_difference(ratio * pair.e_s, pair.e_t, pair.delta - r.row.log_ratio);
             float y = r.constant;
             if (hard != Hard::off) y += r.hard * hard_exponential<hard>(pair.e_s, logit, r.centre.student);
             out[l] = Dtype::narrowed(y + by_e_t * difference);

@@ -56,11 +56,10 @@ struct KeptFactors {
 struct GradientScales {
     Centre centre;
     float teacher_from;  // what is taken off the teacher's logits before they are scaled
-    RowSums sums;
-    float log_ratio, soft;
+    Finished row;
+    float soft;
     float hard, constant;
     float at_label;  // the hard term's whole gradient at the label
-    float growth, top;  // of other divergences: FkdStat
 };
 
 // Logits in their dtype (FkdDtype), to be widened as they are read; and where a gradient goes, rounded to its dtype.

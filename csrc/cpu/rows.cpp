@@ -3,6 +3,7 @@
 // every block its part of the gradient. That sequence depends on the
 // vocabulary alone, so a row's bits depend neither on the other rows nor on the number of threads.
 #include <algorithm>
+#include <iterator>
 #include <new>
 #include <vector>
 
@@ -271,24 +272,19 @@ class Verb {
             total = w.pieces[0];
             for (size_t b = 1; b < w.pieces.size(); ++b) total = merge(total, w.pieces[b], scales_);
         }
-        double growth = 0, top = 0;
+        stats[FKD_GROWTH] = stats[FKD_TOP] = 0;
         if (target != FKD_SKIP && of_logits_) {
             Moments<double> moments;
             for (const Moments<double>& x : w.moments) moments += x;
-            const double mean = moments.mean, count = moments.count;
-            const bool centred = numbers_.parameter[0] != 0;
-            growth = centred ? mean : 0;
-            top = centred && count == 1 ? 0 : 1 / count;  // nothing is left of one column, whatever the last bit says
-            soft[row] = static_cast<float>((moments.squares / count + (mean - growth) * (mean - growth)) / 2);
+            soft[row] = static_cast<float>(mean_squares(moments, numbers_.parameter[0] != 0, stats));
         } else if (target != FKD_SKIP && loss_.soft) {
             finish_soft(total, result);
             const double entropy = loss_.divergence == FKD_CROSS_ENTROPY ? teacher_entropy(total) : 0;
             soft[row] = static_cast<float>(result.kl + entropy);
         }
         if (target != FKD_SKIP && scales_.exchanged) {
-            const double mean = total.b1 / total.z_t;
-            growth = result.kl;
-            top = std::isfinite(result.kl) ? mean : NAN;
+            stats[FKD_GROWTH] = static_cast<float>(result.kl);
+            stats[FKD_TOP] = std::isfinite(result.kl) ? static_cast<float>(total.b1 / total.z_t) : NAN;
             std::swap(total.max_s, total.max_t);
             std::swap(total.z_s, total.z_t);
             result.log_ratio = -result.log_ratio;
@@ -300,9 +296,9 @@ class Verb {
             hard[row] = static_cast<float>(value);
         }
         const double max_t = total.max_t / teacher_factor_;
-        const double values[FKD_STATS] = {total.max_s,      max_t,           total.z_s,   total.z_t, result.log_ratio,
-                                          result.hard_sum, result.miss, growth, top};
-        for (int i = 0; i < FKD_STATS; ++i) stats[i] = static_cast<float>(values[i]);
+        const double values[] = {total.max_s,      max_t,           total.z_s,  total.z_t,
+                                 result.log_ratio, result.hard_sum, result.miss};
+        for (size_t i = 0; i < std::size(values); ++i) stats[i] = static_cast<float>(values[i]);
     }
 
     void sweep(int64_t row, int64_t b, Workspace& w, const float* stats) const {
@@ -342,10 +338,7 @@ class Verb {
         GradientScales r = {};
         r.centre = Centre::of(stats[FKD_STUDENT_MAX], scaled() ? 0 : stats[FKD_TEACHER_MAX]);
         r.teacher_from = stats[FKD_TEACHER_MAX];
-        r.sums = RowSums::of(stats[FKD_STUDENT_SUM], stats[FKD_TEACHER_SUM]);
-        r.log_ratio = stats[FKD_LOG_RATIO];
-        r.growth = stats[FKD_GROWTH];
-        r.top = stats[FKD_TOP];
+        r.row = Finished::of(stats);
         return r;
     }
 
@@ -393,17 +386,17 @@ class Verb {
             return r.at_label + g;
         }
         const Pair pair = exponentials(s, t, r.centre, scales_);
-        const float log_ratio = pair.delta - r.log_ratio;
-        return r.at_label + r.soft * probability_difference(pair.e_s * r.sums.per_z_s, pair.e_t * r.sums.per_z_t, log_ratio);
+        const float log_ratio = pair.delta - r.row.log_ratio;
+        return r.at_label + r.soft * probability_difference(pair.e_s * r.row.sums.per_z_s, pair.e_t * r.row.sums.per_z_t, log_ratio);
     }
 
     // q - p = f_s e_s - f_t e_t = f_s (e_s - e_t) + (f_s - f_t) e_t, each factor without cancellation.
     KeptFactors kept_factors(const Partial<double>& piece, const GradientScales& r) const {
         const float down_s = static_cast<float>(piece.max_s - r.centre.student);
         const float down_t = static_cast<float>(piece.max_t - static_cast<double>(r.teacher_from) * teacher_factor_);
-        const float f_s = std::exp2(down_s * scales_.log2) * r.sums.per_z_s;
-        const float f_t = std::exp2(down_t * scales_.log2) * r.sums.per_z_t;
-        const float apart = (down_s - down_t) * scales_.unit - r.log_ratio;
+        const float f_s = std::exp2(down_s * scales_.log2) * r.row.sums.per_z_s;
+        const float f_t = std::exp2(down_t * scales_.log2) * r.row.sums.per_z_t;
+        const float apart = (down_s - down_t) * scales_.unit - r.row.log_ratio;
         const float f_1 = std::exp2(down_s * static_cast<float>(kLog2E));
         return {r.soft * f_s, r.soft * (std::fabs(apart) < 1 ? f_t * std::expm1(apart) : f_s - f_t),
                 r.hard * f_1, r.constant};

@@ -22,9 +22,9 @@ FKD_CLONES TermSums<float> sums_of(const float* s, const float* t, int n, Gradie
     const auto step = [&](const float* __restrict x, const float* __restrict w) FKD_INLINED {
         FKD_SIMD
         for (int l = 0; l < kLanes; ++l) {
-            const float d = r.centre.difference(x[l], w[l]) * k.unit - r.log_ratio;
+            const float d = r.centre.difference(x[l], w[l]) * k.unit - r.row.log_ratio;
             const float x_s = (x[l] - r.centre.student) * k.log2, x_t = (w[l] - r.centre.teacher) * k.log2;
-            const Terms part = Family::terms(f, r.sums, x_s, x_t, d);
+            const Terms part = Family::terms(f, r.row.sums, x_s, x_t, d);
             const float rest = part.q <= 0.5f ? 1.0f : 0.0f;  // (With two choices GCC 12 makes a branch.)
             v[l] += part.v;
             c[l] += part.c;
@@ -41,34 +41,6 @@ FKD_CLONES TermSums<float> sums_of(const float* s, const float* t, int n, Gradie
     return sums;
 }
 
-// The soft term's gradient at a column, times tau; and q, of which the hard term's may be a power.
-struct Slope {
-    float soft, q;
-};
-template <class Family>
-struct SlopeOf {
-    FKD_MATH Slope at(float x_s, float x_t, float delta, float, const GradientScales& r, const FamilyNumbers& f) {
-        const Terms part = Family::terms(f, r.sums, x_s, x_t, delta - r.log_ratio);
-        return {part.q > 0.5f ? r.top : part.c - part.q * r.growth, part.q};
-    }
-};
-struct ReverseKL {};
-template <>
-struct SlopeOf<ReverseKL> {
-    FKD_MATH Slope at(float x_s, float, float delta, float, const GradientScales& r, const FamilyNumbers&) {
-        const float q = exp2_of(x_s) * r.sums.per_z_s;
-        return {times(q, delta) + q * r.top, q};
-    }
-};
-struct LogitMSE {};
-template <>
-struct SlopeOf<LogitMSE> {
-    FKD_MATH Slope at(float x_s, float x_t, float, float difference, const GradientScales& r, const FamilyNumbers&) {
-        const bool counts = (x_s != -INFINITY) & (x_t != -INFINITY);
-        return {counts ? (difference - r.growth) * r.top : 0.0f, 0};
-    }
-};
-
 template <class Kind, Hard hard>
 FKD_CLONES void gradient_of(const float* s, const float* t, int n, GradientScales r, Scales k, FamilyNumbers f, float* g,
                             Ahead ahead) {
@@ -77,9 +49,9 @@ FKD_CLONES void gradient_of(const float* s, const float* t, int n, GradientScale
         for (int l = 0; l < kLanes; ++l) {
             const float x_s = (x[l] - r.centre.student) * k.log2, x_t = (w[l] - r.centre.teacher) * k.log2;
             const float delta = r.centre.difference(x[l], w[l]) * k.unit;
-            const Slope slope = SlopeOf<Kind>::at(x_s, x_t, delta, (x[l] - w[l]) * k.unit, r, f);
+            const Slope slope = SlopeOf<Kind>::at(x_s, x_t, delta, (x[l] - w[l]) * k.unit, r.row, f);
             float y = r.constant + r.soft * slope.soft;
-            if (hard != Hard::off) y += r.hard * hard_exponential<hard>(slope.q * r.sums.z_s, x[l], r.centre.student);
+            if (hard != Hard::off) y += r.hard * hard_exponential<hard>(slope.q * r.row.sums.z_s, x[l], r.centre.student);
             out[l] = y;
         }
     };
