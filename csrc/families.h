@@ -122,7 +122,7 @@ struct AlphaBeta {
         const float log2_p = x_t - z.log2_z_t, log2_q = x_s - z.log2_z_s;
         const float of_p = exp2_of(k * log2_p), of_q = exp2_of(k * log2_q), both = exp2_of(a * log2_p + b * log2_q);
         const float v_p = above(of_p, both, -b * d) * per_b, v_q = above(of_q, both, a * d) * per_a;
-        return nearer<5>(n, of_p, d, (v_p + v_q) * per_k, v_q, exp2_of(x_s) * z.per_z_s);
+        return nearer<5>(n, both, d, (v_p + v_q) * per_k, v_q, exp2_of(x_s) * z.per_z_s);
     }
 
   private:

@@ -75,7 +75,8 @@ FKD_API int64_t fkd_rows_fused(const FkdRows* student, const FkdRows* teacher, c
 // vectors and stats are contiguous; `scratch` is memory of the device, of as many bytes as fkd_cuda_scratch asks for.
 enum FkdVerb { FKD_FORWARD = 1, FKD_BACKWARD = 2, FKD_FUSED = 3 };
 
-FKD_API int64_t fkd_cuda_scratch(const FkdRows* student, const FkdRows* teacher, int64_t verb, int64_t device);
+FKD_API int64_t fkd_cuda_scratch(const FkdRows* student, const FkdRows* teacher, const FkdLoss* loss, int64_t verb,
+                                 int64_t device);
 FKD_API int64_t fkd_cuda_rows_forward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
                                       const FkdLoss* loss, float* soft, float* hard, float* stats, void* scratch,
                                       int64_t device, void* stream);

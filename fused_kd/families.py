@@ -5,11 +5,11 @@ With d = log q - log p, a divergence is a sum over columns of v(p, q, d) >= 0, w
     dD/ds_j = (c_j - q_j G) / tau        c = q dv/dq        G = sum c
 
 so a row is visited once for Z_s and Z_t, which make p, q and d of a column, and once more for the sums of v and c.
-For one base of a column, p or a power of it,
+For one base of a column, p or a product of powers of p and q,
 
-    v = base f(d)    c = base f'(d)      f(0) = f'(0) = 0
+    v = base f(d)    c = base g(d)       f(0) = f'(0) = g(0) = 0
 
-Where |d| is small, within the family's `reach`, the expressions of v and c cancel: there f(d) / d^2 and f'(d) / d are
+Where |d| is small, within the family's `reach`, the expressions of v and c cancel: there f(d) / d^2 and g(d) / d are
 polynomials, fitted to 40 digits of the same expressions.
 """
 
@@ -135,10 +135,10 @@ class AlphaBetaFamily:
 
     @property
     def reach(self) -> float:
-        return 0.5 / float(self.a + self.b)
+        return 0.5 / float(max(self.a, self.b))
 
     def base(self, x: Arithmetic, at: Columns) -> Any:
-        return x.exp((self.a + self.b) * at.log_p)
+        return x.exp(self.a * at.log_p + self.b * at.log_q)
 
     def terms(self, x: Arithmetic, at: Columns) -> tuple[Any, Any]:
         # Powers of p and q may count where p and q are too small for float32.
@@ -183,7 +183,7 @@ def column_terms(family: Family, at: Columns) -> tuple[Tensor, Tensor]:
 
 def kernel_numbers(family: Family) -> tuple[float, ...]:
     """What a kernel takes of a family: its parameters, filled up to three; the reach; and of `near` in the family's
-    degree the coefficients of f(d) / d^2 and of f'(d) / d, filled up to six each."""
+    degree the coefficients of f(d) / d^2 and of g(d) / d, filled up to six each."""
 
     def filled(values: tuple[float, ...], number: int) -> tuple[float, ...]:
         return (*values, *(0.0,) * (number - len(values)))
@@ -202,16 +202,17 @@ def _polynomial(coefficients: tuple[float, ...], d: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def near(family: Family, degree: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The coefficients, the lowest first, of f(d) / d^2 and f'(d) / d within the reach: least squares of the relative
+    """The coefficients, the lowest first, of f(d) / d^2 and g(d) / d within the reach: least squares of the relative
     error at Chebyshev's points."""
     points = 2 * degree + 10
     with localcontext(Context(prec=40)):
         exact: Family = type(family)(*map(Decimal, astuple(family)))  # type: ignore[call-overload]
         at = [Decimal(family.reach * math.cos(math.pi * (i + 0.5) / points)) for i in range(points)]
         one, zero = Decimal(1), Decimal(0)
-        terms = [exact.terms(DECIMALS, Columns(one, d.exp(), zero, d, d, d.exp() - 1)) for d in at]
-        of_value = [float(v / d**2) for (v, _), d in zip(terms, at, strict=True)]
-        of_gradient = [float(c / d) for (_, c), d in zip(terms, at, strict=True)]
+        columns = [Columns(one, d.exp(), zero, d, d, d.exp() - 1) for d in at]
+        terms = [(*exact.terms(DECIMALS, column), exact.base(DECIMALS, column)) for column in columns]
+        of_value = [float(v / base / d**2) for (v, _, base), d in zip(terms, at, strict=True)]
+        of_gradient = [float(c / base / d) for (_, c, base), d in zip(terms, at, strict=True)]
     return _fitted(at, of_value, degree), _fitted(at, of_gradient, degree)
 
 

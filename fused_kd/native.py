@@ -68,6 +68,8 @@ def loss_of(options: RowOptions) -> bytes:
     """FkdLoss."""
     family = with_parameters(options.divergence, options.parameters).family
     code = DIVERGENCES[options.divergence] if family is None else FAMILIES[type(family)]
+    if options.divergence == "reverse_kl":
+        family = Linear(0.0)  # for a library that takes it in two sweeps
     if isinstance(family, Mixture) and family.level != 0:
         code += 1  # FKD_SKEWED_MIXTURE
     numbers = options.parameters if family is None else kernel_numbers(family)
@@ -178,7 +180,7 @@ def _cuda_signatures() -> Iterator[tuple[str, list[Any]]]:
     for verb, rest in _VERBS.items():
         scratch: list[Any] = [] if verb == "rows_backward" else [_VECTOR]
         yield f"fkd_cuda_{verb}", [*_HEAD, *rest, *scratch, _NUMBER, ctypes.c_void_p]  # device, stream
-    yield "fkd_cuda_scratch", [_STRUCT, _STRUCT, _NUMBER, _NUMBER]
+    yield "fkd_cuda_scratch", [_STRUCT, _STRUCT, _STRUCT, _NUMBER, _NUMBER]
     yield "fkd_cuda_usable", [_NUMBER]
     yield "fkd_cuda_error_text", [_NUMBER]
     yield "fkd_cuda_on_host", []

@@ -293,8 +293,9 @@ def test_what_is_fitted(degree: int, bound: float, family: Family) -> None:
         for i in range(1, 60):
             d = Decimal(family.reach) * (Decimal(2 * i) / 61 - 1)
             at = Columns(Decimal(1), d.exp(), Decimal(0), d, d, d.exp() - 1)
+            base = exact.base(DECIMALS, at)
             for coefficients, value, power in zip(polynomials, exact.terms(DECIMALS, at), (2, 1), strict=True):
-                fitted = sum(Decimal(c) * d**n for n, c in enumerate(coefficients)) * d**power
+                fitted = sum(Decimal(c) * d**n for n, c in enumerate(coefficients)) * d**power * base
                 assert abs(fitted / value - 1) < bound
 
 

@@ -102,16 +102,16 @@ FKD_GPU void store(typename V::Student::Bits* to, float x) {
 }
 
 // One column a lane: rows' ends, the columns around the label.
-template <class V>
-FKD_GPU void fill_columns(const RowView<V>& row, const RowGradient<V>& g, typename V::Student::Bits* out, int begin,
+template <class V, class Gradient>
+FKD_GPU void fill_columns(const RowView<V>& row, const Gradient& g, typename V::Student::Bits* out, int begin,
                            int end, int label) {
 #pragma unroll 1
     for (int column = begin + lane_index(); column < end; column += kWarp)
         store<V>(out + column, g(row.s(column), row.t(column), column == label));
 }
 
-template <class V, Loads loads>
-FKD_GPU void fill_steps(const RowView<V>& row, const RowGradient<V>& g, typename V::Student::Bits* out, int steps,
+template <class V, Loads loads, class Gradient>
+FKD_GPU void fill_steps(const RowView<V>& row, const Gradient& g, typename V::Student::Bits* out, int steps,
                          int left_out) {
     const int first = (left_out == 0) * kStep + lane_index() * kGroup;
     RowView<V> at = row.from(first);
@@ -139,8 +139,8 @@ FKD_GPU int columns_ahead(const Bits* at) {
     return past == 0 ? 0 : (16 - past) / static_cast<int>(sizeof(Bits));
 }
 
-template <class V>
-FKD_GPU void section_gradient(const RowView<V>& row, const RowGradient<V>& g, typename V::Student::Bits* out,
+template <class V, class Gradient>
+FKD_GPU void section_gradient(const RowView<V>& row, const Gradient& g, typename V::Student::Bits* out,
                                const Range& range) {
     const int n = range.n, label = range.label;
     // 16-byte stores start at the first column that lies so.
@@ -164,6 +164,27 @@ FKD_GPU void section_gradient(const RowView<V>& row, const RowGradient<V>& g, ty
         const int end = i == 0 ? ahead : i == 1 ? middle + here * kStep : n;
         if (steps > 0 || i == 2) fill_columns(row, g, out, steps > 0 ? begin : 0, end, label);
     }
+}
+
+// A warp's part of a row: its sections from `first` on, those read last first, as they are still in a cache.
+template <class V, class Gradient>
+FKD_GPU void row_gradient(const Work& w, int64_t row, int64_t target, const float* stats, int first, int stride) {
+    auto* out = static_cast<typename V::Student::Bits*>(w.gradient.data) + row_offset(w.gradient, row);
+    const bool read = readable(target, w.columns);
+    if (read && first < w.sections) {
+        const RowView<V> view(w, row);
+        const Gradient gradient(w, row, target, stats);
+        const int ahead = columns_ahead(out);  // each section is to begin where 16-byte stores can
+        for (int section = first + (w.sections - 1 - first) / stride * stride; section >= 0; section -= stride) {
+            const Range at(w, section, target, ahead);
+            section_gradient<V>(view.from(at.begin), gradient, out + at.begin, at);
+        }
+    }
+    // Rows without a term, and the student's columns that the teacher lacks.
+    const float value = read ? 0.0f : unread_value(target);
+    for (int64_t column = (read ? w.columns : 0) + first * kWarp + lane_index(); column < w.gradient.columns;
+         column += stride * kWarp)
+        store<V>(out + column, column < w.columns ? value : 0.0f);
 }
 
 }  // namespace fused_kd

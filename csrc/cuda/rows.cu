@@ -3,8 +3,8 @@
 // few rows, in device memory: the same sums in the same order, so that a row's bits do not depend on the batch.
 #include <algorithm>
 
-#include "backward.h"
 #include "finish.h"
+#include "second_sweep.h"
 
 namespace fused_kd {
 namespace {
@@ -45,22 +45,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) rows_kernel(const Work w) {
     }
     if (w.backward) {
         if (w.forward) __syncthreads();
-        auto* out = static_cast<typename V::Student::Bits*>(w.gradient.data) + row_offset(w.gradient, row);
-        const int sections = w.sections;
-        if (read && first < sections) {
-            const RowGradient<V> gradient(w, row, target, stats);
-            const int ahead = columns_ahead(out);  // each section is to begin where 16-byte stores can
-            // The sections read last are still in a cache.
-            for (int section = first + (sections - 1 - first) / stride * stride; section >= 0; section -= stride) {
-                const Range at(w, section, target, ahead);
-                section_gradient<V>(view.from(at.begin), gradient, out + at.begin, at);
-            }
-        }
-        // Rows without a term, and the student's columns that the teacher lacks.
-        const float value = read ? 0.0f : unread_value(target);
-        for (int64_t column = (read ? w.columns : 0) + first * kWarp + lane_index(); column < w.gradient.columns;
-             column += stride * kWarp)
-            store<V>(out + column, column < w.columns ? value : 0.0f);
+        row_gradient<V, RowGradient<V>>(w, row, target, stats, first, stride);
     }
 }
 
@@ -68,6 +53,33 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) rows_kernel(const Work w) {
 __global__ void finish_kernel(const Work w) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
     if (row < w.rows) finish_row(w, row, w.targets[row], w.pieces + row * w.sections, w.stats + row * FKD_STATS);
+}
+
+// The second sweep, and the gradients that are not q - p. Their variants are few: the teacher's dtype and the hard term
+// are looked at as they run.
+template <class V, class Terms>
+__global__ void __launch_bounds__(kMaxWarps* kWarp) terms_kernel(const Work w) {
+    const int64_t row = blockIdx.x / static_cast<unsigned>(w.slices), target = w.targets[row];
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    const int section = static_cast<int>(blockIdx.x % static_cast<unsigned>(w.slices)) * warps + static_cast<int>(threadIdx.x) / kWarp;
+    if (!readable(target, w.columns) || section >= w.sections) return;
+    const Range at(w, section, target);
+    const Terms terms(w, w.stats + row * FKD_STATS);
+    const typename Terms::Sums sums = section_terms(terms, RowView<V>(w, row).from(at.begin), at);
+    if (lane_index() == 0) static_cast<typename Terms::Sums*>(w.terms)[row * w.sections + section] = sums;
+}
+
+__global__ void conclude_kernel(const Work w) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+    if (row < w.rows) conclude_row(w, row, w.stats + row * FKD_STATS);
+}
+
+template <class V, class Gradient>
+__global__ void __launch_bounds__(kMaxWarps* kWarp) other_gradient_kernel(const Work w) {
+    const int64_t row = blockIdx.x / static_cast<unsigned>(w.slices);
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    const int first = static_cast<int>(blockIdx.x % static_cast<unsigned>(w.slices)) * warps + static_cast<int>(threadIdx.x) / kWarp;
+    row_gradient<V, Gradient>(w, row, w.targets[row], w.stats + row * FKD_STATS, first, warps * w.slices);
 }
 
 // The device, for as long as this lives.
@@ -122,6 +134,34 @@ RowsKernel* kernel_for(const Work& w) {
     }
 }
 
+template <class S, class Kind>
+RowsKernel* other_kernel(bool backward) {
+    using V = Variant<S, AnyDtype, true, Hard::exponential, true>;
+    using Summed = std::conditional_t<std::is_same_v<Kind, ReverseKL>, Linear, Kind>;  // the value, and G
+    return backward ? other_gradient_kernel<V, OtherGradient<V, Kind>> : terms_kernel<V, TermsOf<Summed>>;
+}
+
+template <class S>
+RowsKernel* other_kernel(const Work& w, bool backward) {
+    switch (w.divergence) {
+        case FKD_REVERSE_KL: return other_kernel<S, ReverseKL>(backward);
+        case FKD_LOGIT_MSE: return other_kernel<S, LogitMSE>(backward);
+        case FKD_MIXTURE: return other_kernel<S, Mixture<false>>(backward);
+        case FKD_SKEWED_MIXTURE: return other_kernel<S, Mixture<true>>(backward);
+        case FKD_ALPHA_BETA: return other_kernel<S, AlphaBeta>(backward);
+        case FKD_VARIATION: return other_kernel<S, Variation>(backward);
+        default: return other_kernel<S, Linear>(backward);
+    }
+}
+
+RowsKernel* other_kernel_for(const Work& w, bool backward) {
+    switch (w.student.dtype) {
+        case FKD_BFLOAT16: return other_kernel<Bfloat16>(w, backward);
+        case FKD_FLOAT16: return other_kernel<Float16>(w, backward);
+        default: return other_kernel<Float32>(w, backward);
+    }
+}
+
 int sections_of(int64_t columns) { return static_cast<int>((columns + kSection - 1) / kSection); }
 
 // Few rows are shared by blocks: where whole rows would leave most of the GPU without work.
@@ -134,6 +174,18 @@ bool splits(int64_t rows, int sections, int64_t device) {
     return rows < 4 * multiprocessors;
 }
 
+// Without the soft term there is one temperature: that of the hard term, 1.
+void set_soft(Work& w, bool soft, double temperature, double teacher_temperature) {
+    if (!soft) temperature = teacher_temperature = 1;
+    w.use_soft = soft;
+    w.temperature = static_cast<float>(temperature);
+    w.k_s = static_cast<float>(kLog2E / temperature);
+    w.k_t = static_cast<float>(kLog2E / teacher_temperature);
+    w.unit = static_cast<float>(1 / temperature);
+    w.tempered = temperature != teacher_temperature;
+    w.teacher_factor = static_cast<float>(temperature / teacher_temperature);
+}
+
 Work work_for(const FkdRows& student, const FkdRows& teacher, const int64_t* targets, const FkdLoss& loss) {
     Work w = {};
     w.student = student;
@@ -142,22 +194,14 @@ Work work_for(const FkdRows& student, const FkdRows& teacher, const int64_t* tar
     w.rows = row_count(student);
     w.columns = std::min(student.columns, teacher.columns);
     w.sections = sections_of(w.columns);
-    w.use_soft = loss.soft != 0;
     w.use_hard = loss.hard != 0;
-    // Without the soft term there is one temperature: that of the hard term, 1.
-    const double temperature = loss.soft ? loss.temperature : 1.0;
-    const double teacher_temperature = loss.soft ? loss.teacher_temperature : 1.0;
-    w.temperature = static_cast<float>(temperature);
-    w.k_s = static_cast<float>(kLog2E / temperature);
-    w.k_t = static_cast<float>(kLog2E / teacher_temperature);
-    w.unit = static_cast<float>(1 / temperature);
-    w.tempered = temperature != teacher_temperature;
-    w.teacher_factor = static_cast<float>(temperature / teacher_temperature);
     w.entropy = loss.soft && loss.divergence == FKD_CROSS_ENTROPY;
     w.smoothing = loss.hard ? static_cast<float>(loss.label_smoothing) : 0.0f;
+    w.divergence = loss.divergence;
+    w.numbers = FamilyNumbers(loss.numbers);
+    set_soft(w, loss.soft != 0, loss.temperature, loss.teacher_temperature);
     return w;
 }
-
 cudaError_t run(Work w, int warps, bool split, void* stream) {
     if (w.rows == 0) return cudaSuccess;
     RowsKernel* kernel = kernel_for(w);
@@ -183,6 +227,58 @@ cudaError_t run(Work w, int warps, bool split, void* stream) {
     return error;
 }
 
+// The soft term is neither forward KL nor cross entropy.
+bool other(const FkdLoss& loss) { return loss.soft && loss.divergence >= FKD_REVERSE_KL; }
+
+cudaError_t run_other(const Work& w, int warps, bool split, void* stream) {
+    if (w.rows == 0) return cudaSuccess;
+    const int each = std::min(kSplitWarps, w.sections);
+    Work second = w;
+    second.slices = (w.sections + each - 1) / each;
+    cudaError_t error = cudaSuccess;
+    if (w.forward) {
+        Work first = w;
+        first.backward = false;
+        if (w.divergence == FKD_LOGIT_MSE) set_soft(first, false, 1, 1);
+        error = run(first, warps, split, stream);
+        if (error == cudaSuccess) error = launch(other_kernel_for(w, false), w.rows * second.slices, each, second, stream);
+        if (error == cudaSuccess) error = launch(conclude_kernel, (w.rows + kSplitWarps - 1) / kSplitWarps, kSplitWarps, w, stream);
+    }
+    if (w.backward && error == cudaSuccess)
+        error = launch(other_kernel_for(w, true), w.rows * second.slices, each, second, stream);
+    return error;
+}
+
+// Where a verb's scratch memory has what: `at` null asks for its size alone.
+struct Scratch {
+    char* at;
+    int64_t size = 0;
+
+    explicit Scratch(void* memory) : at(static_cast<char*>(memory)) {}
+    template <class T>
+    T* take(bool needed, int64_t count) {
+        if (!needed) return nullptr;
+        T* taken = reinterpret_cast<T*>(at + size);
+        size += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+        return taken;
+    }
+};
+
+int64_t set_scratch(Work& w, const FkdLoss& loss, bool split, void* memory) {
+    Scratch scratch(memory);
+    const int64_t pieces = w.rows * w.sections;
+    w.pieces = scratch.take<Piece>(split, pieces);
+    float* stats = scratch.take<float>(w.backward && (split || other(loss)), w.rows * FKD_STATS);
+    if (stats) w.stats = stats;
+    const bool of_logits = loss.divergence == FKD_LOGIT_MSE;
+    w.terms = scratch.take<char>(other(loss), pieces * static_cast<int64_t>(of_logits ? sizeof(Moments<float>) : sizeof(TermSums<float>)));
+    return scratch.size;
+}
+
+cudaError_t run_verb(const Work& w, const FkdLoss& loss, int warps, bool split, void* stream) {
+    return other(loss) ? run_other(w, warps, split, stream) : run(w, warps, split, stream);
+}
+
 }  // namespace
 }  // namespace fused_kd
 
@@ -190,12 +286,12 @@ using namespace fused_kd;
 
 int64_t fkd_abi_version(void) { return FKD_ABI_VERSION; }
 
-int64_t fkd_cuda_scratch(const FkdRows* student, const FkdRows* teacher, int64_t verb, int64_t device) {
-    const int64_t rows = row_count(*student);
-    const int sections = sections_of(std::min(student->columns, teacher->columns));
-    if (!(verb & FKD_FORWARD) || !splits(rows, sections, device)) return 0;
-    return rows * (sections * static_cast<int64_t>(sizeof(Piece)) +
-                   (verb == FKD_FUSED ? FKD_STATS * static_cast<int64_t>(sizeof(float)) : 0));
+int64_t fkd_cuda_scratch(const FkdRows* student, const FkdRows* teacher, const FkdLoss* loss, int64_t verb,
+                         int64_t device) {
+    if (!(verb & FKD_FORWARD)) return 0;
+    Work w = work_for(*student, *teacher, nullptr, *loss);
+    w.backward = verb == FKD_FUSED;
+    return set_scratch(w, *loss, splits(w.rows, w.sections, device), nullptr);
 }
 
 int64_t fkd_cuda_rows_forward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
@@ -208,8 +304,9 @@ int64_t fkd_cuda_rows_forward(const FkdRows* student, const FkdRows* teacher, co
     w.soft = soft;
     w.hard = hard;
     w.stats = stats;
-    w.pieces = static_cast<Piece*>(scratch);
-    return run(w, kForwardWarps, splits(w.rows, w.sections, device), stream);
+    const bool split = splits(w.rows, w.sections, device);
+    set_scratch(w, *loss, split, scratch);
+    return run_verb(w, *loss, kForwardWarps, split, stream);
 }
 
 int64_t fkd_cuda_rows_backward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
@@ -223,7 +320,7 @@ int64_t fkd_cuda_rows_backward(const FkdRows* student, const FkdRows* teacher, c
     w.grad_soft = grad_soft;
     w.grad_hard = grad_hard;
     w.gradient = *gradient;
-    return run(w, kForwardWarps, true, stream);
+    return run_verb(w, *loss, kForwardWarps, true, stream);
 }
 
 int64_t fkd_cuda_rows_fused(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
@@ -238,9 +335,9 @@ int64_t fkd_cuda_rows_fused(const FkdRows* student, const FkdRows* teacher, cons
     w.grad_soft = coef_soft;
     w.grad_hard = coef_hard;
     w.gradient = *gradient;
-    w.pieces = static_cast<Piece*>(scratch);
-    if (scratch) w.stats = reinterpret_cast<float*>(w.pieces + w.rows * w.sections);
-    return run(w, kFusedWarps, splits(w.rows, w.sections, device), stream);
+    const bool split = splits(w.rows, w.sections, device);
+    set_scratch(w, *loss, split, scratch);
+    return run_verb(w, *loss, kFusedWarps, split, stream);
 }
 
 int64_t fkd_cuda_usable(int64_t device) {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import native
-from fused_kd.backends.rows import STATS, LogitRows, check_targets, lacks
+from fused_kd.backends.rows import STATS, LogitRows, check_targets
 
 NAME = "cuda"
 DESCRIPTION = "compiled for NVIDIA GPUs, from CUDA C++: float32, bfloat16, float16"
@@ -24,7 +24,7 @@ def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
     if device.type != expected or (expected == "cuda" and torch.version.hip):
         where = f"the CPU, as {native.CUDA_LIBRARY} names a library for tests" if _on_host() else "an NVIDIA GPU"
         return f"it takes tensors on {where}, and student_logits is on {device}"
-    reason = native.refuses(student, teacher) or lacks(divergence)
+    reason = native.refuses(student, teacher)
     if reason is None and device.type == "cuda":
         reason = _device_refused(device.index)
     return reason
@@ -62,7 +62,7 @@ def _call(verb: str, rows: LogitRows, *rest: Tensor, out: Tensor | None = None, 
     if out is not None:
         arguments.append(native.rows_of(out))
     if scratch is not None:
-        size = library.fkd_cuda_scratch(arguments[0], arguments[1], scratch, device)
+        size = library.fkd_cuda_scratch(arguments[0], arguments[1], arguments[3], scratch, device)
         alive.append(rows.student.new_empty(size, dtype=torch.uint8))
         arguments.append(alive[-1].data_ptr() if size else None)
     stream = None if _on_host() else torch.cuda.current_stream(rows.student.device).cuda_stream
