@@ -12,10 +12,11 @@
 // Raised whenever a signature or a struct below changes; the Python side refuses any other number.
 #define FKD_ABI_VERSION 4
 
-enum FkdDtype { FKD_FLOAT32 = 0, FKD_BFLOAT16 = 1, FKD_FLOAT16 = 2 };
-// Those from FKD_LINEAR on are the families of fused_kd/families.py, which take a second sweep over a row.
+enum FkdDtype { FKD_FLOAT32 = 0, FKD_BFLOAT16 = 1, FKD_FLOAT16 = 2, FKD_INT64 = 3 };
+// FKD_REST, of fused_kd/backends/rows.py, takes ids (FKD_INT64) in place of the teacher's logits. Those from FKD_LINEAR
+// on are the families of fused_kd/families.py, which take a second sweep over a row.
 enum FkdDivergence {
-    FKD_FORWARD_KL, FKD_CROSS_ENTROPY, FKD_REVERSE_KL, FKD_LOGIT_MSE,
+    FKD_FORWARD_KL, FKD_CROSS_ENTROPY, FKD_REVERSE_KL, FKD_LOGIT_MSE, FKD_REST,
     FKD_LINEAR, FKD_MIXTURE, FKD_SKEWED_MIXTURE, FKD_ALPHA_BETA, FKD_VARIATION
 };
 

@@ -59,7 +59,7 @@ struct Float16 {
     }
 };
 
-FKD_MATH int64_t element_size(const FkdRows& a) { return a.dtype == FKD_FLOAT32 ? 4 : 2; }
+FKD_MATH int64_t element_size(const FkdRows& a) { return a.dtype == FKD_FLOAT32 ? 4 : a.dtype == FKD_INT64 ? 8 : 2; }
 
 FKD_MATH int64_t row_count(const FkdRows& a) {
     int64_t n = 1;

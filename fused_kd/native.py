@@ -19,8 +19,8 @@ from fused_kd.families import AlphaBetaFamily, Family, Linear, Mixture, Variatio
 ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # FkdDivergence: of divergences, and of families.
-DIVERGENCES = {"forward_kl": 0, "cross_entropy": 1, "reverse_kl": 2, "logit_mse": 3}
-FAMILIES: dict[type[Family], int] = {Linear: 4, Mixture: 5, AlphaBetaFamily: 7, Variation: 8}
+DIVERGENCES = {"forward_kl": 0, "cross_entropy": 1, "reverse_kl": 2, "logit_mse": 3, "rest": 4}
+FAMILIES: dict[type[Family], int] = {Linear: 5, Mixture: 6, AlphaBetaFamily: 8, Variation: 9}
 DONE, OUT_OF_MEMORY = -1, -2
 FORWARD, FUSED = 1, 3  # FkdVerb
 _MAX_DIMS = 8

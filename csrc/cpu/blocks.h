@@ -93,6 +93,24 @@ Moments<float> block_moments(const float* s, const float* t, int n, const Scales
 // The gradient of what is neither forward KL nor cross entropy, as GradientScales has it. g may be s.
 void block_other_gradient(int64_t divergence, Hard hard, const float* s, const float* t, int n, const GradientScales& r,
                           const Scales& k, const FamilyNumbers& f, float* g, const Ahead& ahead);
+// FKD_REST. 1 / tau times log2(e), in two parts.
+struct RestScale {
+    float high, low;
+
+    explicit RestScale(double temperature)
+        : high(static_cast<float>(kLog2E / temperature)), low(static_cast<float>(kLog2E / temperature - high)) {}
+};
+struct RestSums {
+    double z;
+    float z_1;  // for Hard::same and Hard::square
+};
+// g = by exp((s - from) / tau) + by_1 e + constant, where e is a power of that exponential, or exp(s - student_max).
+struct RestGradient {
+    float from, log2, by, by_1, student_max, constant;
+};
+// s has -inf in the columns that are left out.
+RestSums block_rest_sums(Hard hard, const float* s, int n, float from, const RestScale& k);
+void block_rest_gradient(Hard hard, const float* s, int n, const RestGradient& r, float* g);  // g may be s
 void finish_stores();  // what was written past the caches is there for other threads
 void block_gradient_of_kept(Hard hard, const Kept& kept, int n, const KeptFactors& f, Output g);
 void block_hard_gradient_of_kept(const Kept& kept, int n, const KeptFactors& f, Output g);

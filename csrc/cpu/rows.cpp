@@ -35,8 +35,9 @@ class Verb {
         : student_(student), teacher_(teacher), targets_(targets), loss_(loss), scales_(loss.temperature),
           numbers_(loss.numbers),
           teacher_factor_(static_cast<float>(loss.temperature / loss.teacher_temperature)), rows_(row_count(student)),
-          columns_(std::min(student.columns, teacher.columns)), schedule_(rows_, columns_, threads),
+          columns_(loss.divergence == FKD_REST ? student.columns : std::min(student.columns, teacher.columns)), schedule_(rows_, columns_, threads),
           of_logits_(loss.soft && loss.divergence == FKD_LOGIT_MSE),
+          of_rest_(loss.soft && loss.divergence == FKD_REST),
           of_family_(loss.soft && loss.divergence >= FKD_LINEAR),
           other_(loss.soft && loss.divergence >= FKD_REVERSE_KL),
           hard_(!loss.hard                ? Hard::off
@@ -145,7 +146,7 @@ class Verb {
             add(LogitsRow(rows, of).address(b * kBlock), static_cast<int>(element_size(rows)));
         };
         add_row(student_, row);
-        add_row(teacher_, row);
+        add_row(loss_.divergence == FKD_REST ? student_ : teacher_, row);
         if (gradient && before >= 0 && !past_caches(*gradient)) add_row(*gradient, before);
         for (int i = 0; kept && i < kept_; ++i) add(kept + i * kept_stride() + b * kBlock, sizeof(float));
         while (streams < kStreams) add(a.at[0], a.size[0]);
@@ -196,6 +197,8 @@ class Verb {
             w.moments[static_cast<size_t>(b)] = {};
             w.moments[static_cast<size_t>(b)] += block_moments(s, t, at.n, scales_, ahead(row, b));
             piece.max_t = 0;
+        } else if (of_rest_) {
+            measure_rest(row, at, s, max_s, buffers[1], piece);
         } else if (loss_.soft) {
             const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffers[1]);
             const float max_t = block_maximum(t, at.n);
@@ -255,6 +258,45 @@ class Verb {
         w.pieces[static_cast<size_t>(b)] = piece;
     }
 
+    // The sums over the columns whose ids the teacher does not list, which lie at max_t and z_t.
+    void measure_rest(int64_t row, Range at, const float* s, float max_s, float* others, Partial<double>& piece) const {
+        const auto* ids = reinterpret_cast<const int64_t*>(LogitsRow(teacher_, row).address(0));
+        std::copy_n(s, at.n, others);
+        double listed = 0;  // the sum of exp(s - max_s) over those that are
+        for (int64_t i = 0; i < teacher_.columns; ++i) {
+            const int64_t j = ids[i] - at.begin;
+            if (j < 0 || j >= at.n) continue;
+            others[j] = -INFINITY;
+            listed += hard_exponential<Hard::exponential>(0, s[j], max_s);
+        }
+        const float max_others = block_maximum(others, at.n);
+        const RestSums sums = block_rest_sums(hard_, others, at.n, max_others, RestScale(loss_.temperature));
+        piece.max_s = max_s;
+        piece.max_t = max_others;
+        piece.z_t = max_others < INFINITY ? sums.z : NAN;
+        if (hard_ == Hard::exponential)
+            piece.z_1 = labelled(row) ? block_hard_sum(s, at.n, max_s, nullptr) : 0;
+        else
+            piece.z_1 = sums.z_1 * hard_exponential<Hard::exponential>(0, max_others, max_s) + listed;
+    }
+
+    // log R, and its stats (REST of fused_kd/backends/rows.py); and the sums of the hard term, in `total`.
+    double finish_rest(const Workspace& w, Partial<double>& total, float* stats) const {
+        total = {};
+        for (const Partial<double>& x : w.pieces) {
+            total.max_s = larger(total.max_s, x.max_s);
+            total.max_t = larger(total.max_t, x.max_t);
+        }
+        for (const Partial<double>& x : w.pieces) {
+            total.z_t += x.z_t == 0 ? 0 : x.z_t * std::exp((x.max_t - total.max_t) / loss_.temperature);
+            total.z_1 += x.z_1 == 0 ? 0 : x.z_1 * std::exp(x.max_s - total.max_s);
+            total.sum += x.sum;
+        }
+        stats[FKD_STUDENT_SUM] = static_cast<float>(total.z_t);
+        stats[FKD_LOG_RATIO] = static_cast<float>(total.z_t - stats[FKD_STUDENT_SUM]);
+        return total.max_t / loss_.temperature + std::log(total.z_t);
+    }
+
     // A block's sum of exp(s - max) without its label's. Where the label has most of it, subtracting would lose the rest.
     double without_label(const float* s, int n, int label, float student_max, double sum) const {
         const float own = hard_exponential<Hard::exponential>(0, s[label], student_max);
@@ -268,7 +310,7 @@ class Verb {
         const int64_t target = targets_[row];
         Partial<double> total;
         Row<double> result;
-        if (target != FKD_SKIP) {
+        if (target != FKD_SKIP && !of_rest_) {
             total = w.pieces[0];
             for (size_t b = 1; b < w.pieces.size(); ++b) total = merge(total, w.pieces[b], scales_);
         }
@@ -277,6 +319,8 @@ class Verb {
             Moments<double> moments;
             for (const Moments<double>& x : w.moments) moments += x;
             soft[row] = static_cast<float>(mean_squares(moments, numbers_.parameter[0] != 0, stats));
+        } else if (target != FKD_SKIP && of_rest_) {
+            soft[row] = static_cast<float>(finish_rest(w, total, stats));
         } else if (target != FKD_SKIP && loss_.soft) {
             finish_soft(total, result);
             const double entropy = loss_.divergence == FKD_CROSS_ENTROPY ? teacher_entropy(total) : 0;
@@ -298,7 +342,8 @@ class Verb {
         const double max_t = total.max_t / teacher_factor_;
         const double values[] = {total.max_s,      max_t,           total.z_s,  total.z_t,
                                  result.log_ratio, result.hard_sum, result.miss};
-        for (size_t i = 0; i < std::size(values); ++i) stats[i] = static_cast<float>(values[i]);
+        for (size_t i = 0; i < std::size(values); ++i)
+            if (!of_rest_ || (i != FKD_STUDENT_SUM && i != FKD_LOG_RATIO)) stats[i] = static_cast<float>(values[i]);
     }
 
     void sweep(int64_t row, int64_t b, Workspace& w, const float* stats) const {
@@ -322,14 +367,23 @@ class Verb {
         stats[FKD_TOP] = static_cast<float>(sums.top());
     }
 
+    RestGradient rest_gradient(const GradientScales& r) const {
+        const float from = r.teacher_from, sum = r.row.sums.z_s;
+        const bool power = hard_ == Hard::same || hard_ == Hard::square;
+        const float by_1 = power ? r.hard * std::exp(from - r.centre.student) : r.hard;
+        return {from, scales_.log2, sum == 0 ? 0 : r.soft / sum, by_1, r.centre.student, r.constant};
+    }
+
     void other_gradient(int64_t row, Range at, const GradientScales& r, Output g) const {
         float buffers[3][kBlock];
         const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
-        const float* t = read_teacher(row, at, r.teacher_from, buffers[1]);
         const bool there = g.dtype == FKD_FLOAT32 && !g.past_caches;
         float* out = there ? static_cast<float*>(g.data) : buffers[2];
-        block_other_gradient(loss_.divergence, hard_, s, t, at.n, r, scales_, numbers_, out,
-                             ahead(row, at.begin / kBlock));
+        if (of_rest_)
+            block_rest_gradient(hard_, s, at.n, rest_gradient(r), out);
+        else
+            block_other_gradient(loss_.divergence, hard_, s, read_teacher(row, at, r.teacher_from, buffers[1]), at.n, r,
+                                 scales_, numbers_, out, ahead(row, at.begin / kBlock));
         if (!there) narrow(out, at.n, g);
     }
 
@@ -376,6 +430,13 @@ class Verb {
     float gradient_at_label(int64_t row, const GradientScales& r) const {
         if (!loss_.soft) return r.at_label;
         const float s = LogitsRow(student_, row).read(targets_[row]);
+        if (of_rest_) {
+            RestGradient soft = rest_gradient(r);
+            soft.constant = 0;
+            float g;
+            block_rest_gradient(Hard::off, &s, 1, soft, &g);
+            return r.at_label + g;
+        }
         float t = LogitsRow(teacher_, row).read(targets_[row]);
         t = *teacher_scaled(&t, 1, r.teacher_from, &t);
         if (other_) {
@@ -411,8 +472,9 @@ class Verb {
     float teacher_factor_;
     int64_t rows_, columns_;
     Schedule schedule_;
-    // The soft term is LogitMSE; a family's, which takes a second sweep; or anything but forward KL and cross entropy.
-    bool of_logits_, of_family_, other_;
+    // The soft term is LogitMSE; that of a sparse teacher; a family's, which takes a second sweep; or anything but forward
+    // KL and cross entropy.
+    bool of_logits_, of_rest_, of_family_, other_;
     Hard hard_;
     int64_t kept_;  // floats a column that the fused verb keeps
 };
