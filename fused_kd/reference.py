@@ -12,6 +12,7 @@ Everything is computed in the dtype of the logits; give it float64.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -103,6 +104,19 @@ def mean_squared_difference(x: Tensor, y: Tensor, centred: bool) -> Tensor:
     return (difference**2).sum(-1) / (2 * count)
 
 
+def mean_logits(
+    teachers: Sequence[Tensor], weights: Sequence[float] | Tensor | None, *, ensemble: str, temperature: float
+) -> Tensor:
+    """Logits, softmax(logits / temperature) = p, of the mean of several teachers' distributions, for weights w_k that
+    are divided by their sum; None: equal. Arithmetic: p = sum w_k softmax(t_k / temperature), and the logits are
+    temperature log p. Geometric: p ~ prod softmax(t_k / temperature)^w_k, and they are sum w_k t_k."""
+    shares = [1.0] * len(teachers) if weights is None else [float(w) for w in weights]
+    pairs = [(w / sum(shares), t) for w, t in zip(shares, teachers, strict=True) if w > 0]
+    if ensemble == "geometric":
+        return sum((w * t for w, t in pairs), torch.zeros_like(pairs[0][1]))
+    return temperature * torch.stack([math.log(w) + log_softmax(t / temperature, -1) for w, t in pairs]).logsumexp(0)
+
+
 def hard_term(student: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
     """Cross entropy with the labels [N] at temperature 1, for rows [N, V]: [N]."""
     return cross_entropy(student, labels, label_smoothing=label_smoothing, reduction="none")
@@ -110,7 +124,7 @@ def hard_term(student: Tensor, labels: Tensor, *, label_smoothing: float) -> Ten
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     temperature: float = 2.0,
@@ -119,6 +133,7 @@ def kd_loss(
     teacher_temperature: float | None = None,
     t2_scaling: bool = True,
     divergence: str | Divergence = "forward_kl",
+    ensemble: str = "arithmetic",
     reduction: str = "mean",
     ignore_index: int = -100,
     soft_on_ignored: bool = False,
@@ -126,13 +141,20 @@ def kd_loss(
     label_smoothing: float = 0.0,
     num_items: float | None = None,
     weights: Tensor | None = None,
+    teacher_weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """The loss of logits [..., V]; the options are those of `fused_kd.fused_kd_loss`.
 
     Vocabularies of different sizes are cut to the columns that both have.
     """
-    vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student, teacher = student_logits[..., :vocabulary], teacher_logits.detach()[..., :vocabulary]
+    teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
+    vocabulary = min(x.shape[-1] for x in (student_logits, *teachers))
+    student, teachers = student_logits[..., :vocabulary], [x.detach()[..., :vocabulary] for x in teachers]
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    teacher = teachers[0]
+    if len(teachers) > 1:
+        teacher = mean_logits(teachers, teacher_weights, ensemble=ensemble, temperature=teacher_temperature)
     if shift:
         student, teacher = student[..., :-1, :], teacher[..., :-1, :]
         labels = None if labels is None else labels[..., 1:]
@@ -153,7 +175,7 @@ def kd_loss(
         student[counted],
         teacher[counted],
         temperature=temperature,
-        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
+        teacher_temperature=teacher_temperature,
         divergence=divergence,
     )
     hard = student.new_zeros(0)

@@ -107,7 +107,12 @@ def parts(output: Tensor | KDLossOutput) -> Tensor:
 
 
 def both(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, *, upstream: Tensor | None = None, **options: Any
+    student: Tensor,
+    teacher: Tensor | list[Tensor],
+    labels: Tensor | None,
+    *,
+    upstream: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and gradient of the package, and those of the reference in float64 on the same numbers."""
     options = on_device(options)
@@ -120,7 +125,8 @@ def both(
     for name in ("inplace", "backend", "return_parts", "vocab_mismatch"):
         options.pop(name, None)
     exact = student.detach().double().requires_grad_()
-    expected = kd_loss(exact, teacher.double(), labels, **options)
+    exact_teacher = teacher.double() if isinstance(teacher, Tensor) else [x.double() for x in teacher]
+    expected = kd_loss(exact, exact_teacher, labels, **options)
     (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
     return loss, gradient, expected.detach(), expected_gradient
 

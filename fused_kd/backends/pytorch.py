@@ -24,6 +24,7 @@ from fused_kd.backends.rows import (
     TOP,
     LogitRows,
     check_targets,
+    exact_dtype,
     in_range,
     row_dtype,
 )
@@ -147,7 +148,7 @@ class _Chunk:
         return (self.t - max_t) * self._teacher_factor
 
     def finish(self, soft: Tensor, hard: Tensor, stats: Tensor) -> None:
-        final = torch.float64 if self.s.device.type != "mps" else torch.float32
+        final = exact_dtype(self.s.device)
         stat = torch.zeros((len(self.span), STATS), dtype=final, device=self.s.device)
         max_s, max_t = self._centres() if self.options.soft else (_maximum(self.s), None)
         stat[:, STUDENT_MAX] = max_s.squeeze(1).to(final)

@@ -88,9 +88,14 @@ def lacks(divergence: str) -> str | None:
     return f"it does not have the divergence {divergence!r} yet; the torch backend has"
 
 
-def row_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+def row_dtype(*logits: Tensor) -> torch.dtype:
     """The dtype of vectors with one number a row."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in logits] else torch.float32
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def bad_target(rows: LogitRows, row: int) -> IndexError:
