@@ -105,8 +105,13 @@ def rows_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first three results of FusedKDFunction, for its arguments. `eager`: what `checks.plain` says of the tensors,
     and none is `checks.lazy`; options.backend is then a name."""
-    function, head = _EagerFunction if eager else FusedKDFunction, (student, targets, coef_soft, coef_hard, symbolic)
-    losses, soft, hard, _ = function.apply(*head, teacher.kind, *options, *teacher.tensors)
+    arguments = (student, targets, coef_soft, coef_hard, symbolic, teacher.kind, *options, *teacher.tensors)
+    run = _EagerFunction.apply if eager else FusedKDFunction.apply
+    if torch.compiler.is_compiling() and not (
+        torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    ):
+        run = FusedKDFunction.forward  # where no gradient is wanted dynamo would give one with *teacher a ctx
+    losses, soft, hard, _ = run(*arguments)
     return losses, soft, hard
 
 

@@ -26,9 +26,10 @@ from fused_kd.checks import (
 from fused_kd.divergences import Divergence, DivergenceName, divergence_of
 from fused_kd.ensemble import common_columns
 from fused_kd.options import Ensemble, KDOptions, Reduction, VocabMismatch
+from fused_kd.sparse import SparseTeacher, check_fits
 from fused_kd.teachers import LOGITS, Teacher, backend_name, row_dtypes
 
-TeacherLogits: TypeAlias = Tensor | Sequence[Tensor]
+TeacherLogits: TypeAlias = Tensor | Sequence[Tensor] | SparseTeacher
 
 
 class KDLossOutput(NamedTuple):
@@ -83,7 +84,9 @@ def fused_kd_loss(
             and zeros without memory, which derivatives make.
         teacher_logits: [..., V] with the same leading shape, on the same device; its dtype may differ. Several
             teachers: a list of such tensors, whose distributions' mean is p. They are combined for a few rows at a
-            time; with a float32 student in float64, by the torch backend.
+            time; with a float32 student in float64, by the torch backend. Or a `SparseTeacher`: a few
+            log-probabilities a position, at the teacher's temperature, so that `teacher_temperature` stays None; the
+            student is float32 then too where these are float64.
         labels: the logits' leading shape, int64. None needs hard_weight == 0.
         temperature: tau of both softmaxes of the soft term, between 1e-10 and 1e10.
         alpha: weight of the soft term, in [0, 1] unless hard_weight is given.
@@ -154,8 +157,12 @@ def compute(
 ) -> Tensor | KDLossOutput:
     """`fused_kd_loss` with its options checked."""
     check_student(student_logits, options)
-    several = teacher_logits if isinstance(teacher_logits, (list, tuple)) else ()
-    eager = plain(student_logits, teacher_logits, *several, labels, num_items, weights, teacher_weights)
+    given: Sequence[object] = [teacher_logits]
+    if isinstance(teacher_logits, SparseTeacher):
+        given = [teacher_logits.ids, teacher_logits.log_probs]
+    elif isinstance(teacher_logits, (list, tuple)):
+        given = teacher_logits
+    eager = plain(student_logits, *given, labels, num_items, weights, teacher_weights)
     readable = eager and student_logits.device.type == "cpu"  # values, and without waiting for them
     teacher = _teacher(student_logits, teacher_logits, teacher_weights, options, readable)
     check_labels(labels, student_logits, options)
@@ -221,12 +228,20 @@ def _teacher(
 ) -> Teacher:
     """The teacher, checked and detached."""
     if not isinstance(teacher, (list, tuple)):
-        teacher = check_teacher_logits("teacher_logits", teacher, student, options)
         if weights is not None:
             raise ValueError(
-                "teacher_weights weighs several teachers, but teacher_logits is one tensor; leave teacher_weights out, "
-                "or pass a list of tensors"
+                "teacher_weights weighs several teachers, but teacher_logits is one; leave teacher_weights out, or "
+                "pass a list of tensors"
             )
+        if isinstance(teacher, SparseTeacher):
+            if options.teacher_temperature is not None:
+                raise ValueError(
+                    f"teacher_temperature is {options.teacher_temperature}, but the log-probabilities of a "
+                    "SparseTeacher already have theirs (from_logits takes it); leave teacher_temperature out"
+                )
+            check_fits(teacher, student, divergence_of(options.divergence))
+            return Teacher(teacher.missing, (teacher.ids, teacher.log_probs.detach()))
+        teacher = check_teacher_logits("teacher_logits", teacher, student, options)
         return Teacher(LOGITS, (teacher.detach(),))
     if len(teacher) == 0:
         raise ValueError("teacher_logits must have at least one tensor, got an empty list")

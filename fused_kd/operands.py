@@ -12,7 +12,7 @@ import torch
 from torch import SymBool, Tensor
 
 from fused_kd.backends import check_name
-from fused_kd.backends.rows import RowOptions
+from fused_kd.backends.rows import REST, RowOptions
 from fused_kd.checks import check_columns, check_dense, lazy
 from fused_kd.divergences import with_parameters
 from fused_kd.options import check_smoothing, check_temperature
@@ -48,8 +48,12 @@ def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[A
     student, teacher, kind = values.pop("student"), values.pop("teacher"), values.pop("kind", LOGITS)
     check_columns("student", student)
     if kind == LOGITS and isinstance(teacher, Tensor):
+        if rows.divergence != REST:
+            check_columns("teacher", teacher)
+        elif teacher.dtype != torch.int64 or teacher.dim() == 0:
+            got = f"{teacher.dtype} {tuple(teacher.shape)}"
+            raise TypeError(f"teacher must be int64 ids [..., k] for the divergence {REST!r}, got {got}")
         teacher = (teacher,)
-        check_columns("teacher", teacher[0])
     else:
         check_teacher(kind, student, teacher)
     count = math.prod(student.shape[:-1])
@@ -108,7 +112,8 @@ def _require(condition: bool | SymBool, message: Callable[[], str]) -> None:
 def _check_options(options: RowOptions) -> None:
     check_temperature("temperature", options.temperature)
     check_temperature("teacher_temperature", options.teacher_temperature)
-    with_parameters(options.divergence, options.parameters)
+    if options.divergence != REST:
+        with_parameters(options.divergence, options.parameters)
     check_smoothing(options.label_smoothing)
     check_name(options.backend)
 

@@ -7,13 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd import backends, ensemble
+from fused_kd import backends, ensemble, sparse
 from fused_kd.backends.rows import STATS, LogitRows, RowOptions, row_dtype
 
 LOGITS = "logits"
 
 # The one list of the other kinds, and who has their verbs.
-_KINDS: dict[str, ModuleType] = dict.fromkeys(ensemble.ENSEMBLES, ensemble)
+_KINDS: dict[str, ModuleType] = {
+    **dict.fromkeys(ensemble.ENSEMBLES, ensemble),
+    **dict.fromkeys(sparse.MISSING, sparse),
+}
 
 
 class Teacher(NamedTuple):

@@ -317,6 +317,8 @@ def test_compile(options: dict[str, Any]) -> None:
         expected = loss_and_gradient(loss_fn, *arguments, teacher_weights=weights)
         for one, other in zip(loss_and_gradient(compiled, *arguments, teacher_weights=weights), expected, strict=True):
             torch.testing.assert_close(one, other)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(student * 1.5, teachers, labels, teacher_weights=weights), expected[0])
 
 
 def test_compile_with_another_number_of_rows() -> None:
@@ -346,6 +348,19 @@ def test_transforms() -> None:
     torch.testing.assert_close(torch.func.vmap(loss)(student, first, second, labels), torch.stack([x for x, _ in rows]))
     gradients = torch.func.vmap(torch.func.grad(loss))(student, first, second, labels)
     torch.testing.assert_close(gradients, torch.stack([x * 1.0 for _, x in rows]))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+def test_trace() -> None:
+    student, teachers = make_teachers("wide", 6, 30)
+    labels = make_labels(6, vocabulary=30)
+
+    def loss(s: Tensor, a: Tensor, b: Tensor, y: Tensor) -> Any:
+        return fused_kd_loss(s, [a, b], y)
+
+    traced = torch.jit.trace(loss, (student, *teachers[:2], labels))
+    arguments = (student * 2, *teachers[1:], labels.roll(1))
+    torch.testing.assert_close(traced(*arguments), loss(*arguments))
 
 
 def test_backward_twice_and_upstream_gradients() -> None:
