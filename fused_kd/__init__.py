@@ -2,6 +2,7 @@
 
 from fused_kd.functional import KDLossOutput, fused_kd_loss
 from fused_kd.loss import FusedKDLoss
+from fused_kd.sparse import SparseTeacher
 
 __version__ = "0.1.0"
-__all__ = ["FusedKDLoss", "KDLossOutput", "fused_kd_loss"]
+__all__ = ["FusedKDLoss", "KDLossOutput", "SparseTeacher", "fused_kd_loss"]

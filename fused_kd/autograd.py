@@ -5,21 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd import ops
-from fused_kd.backends import PREFERENCE
-from fused_kd.backends.rows import Backend, LogitRows, RowOptions
+from fused_kd import ops, teachers
+from fused_kd.backends.rows import RowOptions
 from fused_kd.checks import lazy, plain
 from fused_kd.gradient_memory import empty_gradient
+from fused_kd.teachers import LOGITS, Teacher
 
 # What a term of each row is multiplied by: one number for all rows, or a vector [N].
 Coefficient = float | Tensor
 
 
 class FusedKDFunction(torch.autograd.Function):
-    """(student [..., V], teacher [..., V], targets [N], coef_soft, coef_hard, symbolic, options, inplace, summed)
+    """(student [..., V], targets [N], coef_soft, coef_hard, symbolic, kind, options, inplace, summed, *teacher)
     -> coef_soft * soft + coef_hard * hard, [N] or their sum, soft[N], hard[N], stats[N, k].
 
-    `targets` are labels, or SKIP or NO_LABEL of `fused_kd.backends.rows`; `symbolic` is explained in `ops.py`.
+    `targets` are labels, or SKIP or NO_LABEL of `fused_kd.backends.rows`; `symbolic` is explained in `ops.py`, `kind`
+    and the tensors of the `teacher` in `teachers.py`.
     Differentiable once, in the student and in coefficients [N]; only the first result has a gradient. With `inplace` it
     is written over the student's logits.
     """
@@ -29,26 +30,30 @@ class FusedKDFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         student: Tensor,
-        teacher: Tensor,
         targets: Tensor,
         coef_soft: Coefficient,
         coef_hard: Coefficient,
         symbolic: Tensor | None,
+        kind: str,
         options: RowOptions,
         inplace: bool,
         summed: bool,
+        *teacher: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        soft, hard, stats = ops.rows_forward(student, teacher, targets, *options, symbolic)
+        if kind == LOGITS:
+            soft, hard, stats = ops.rows_forward(student, *teacher, targets, *options, symbolic)
+        else:
+            soft, hard, stats = ops.teachers_forward(student, teacher, targets, kind, *options, symbolic)
         return _losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.options, ctx.inplace, _ = inputs
-        ctx.backend = None
+        ctx.kind, ctx.options, ctx.inplace, _ = inputs[5:9]
+        ctx.eager = False
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         # An inference tensor cannot be saved, and need not be: nothing that autograd sees writes to it.
-        tensors += output[1:]
+        tensors = (*inputs[:5], *output[1:], *inputs[9:])
         traced = torch.compiler.is_compiling()
         saved = [x if isinstance(x, Tensor) and (traced or not x.is_inference()) else None for x in tensors]
         ctx.others = [x if y is None else None for x, y in zip(tensors, saved, strict=True)]
@@ -57,16 +62,17 @@ class FusedKDFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * len(ctx.needs_input_grad)
         saved = [x if x is not None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        arguments = (*saved, grad, ctx.options, ctx.inplace, ctx.needs_input_grad[3:5], ctx.backend)
+        switches = (ctx.kind, ctx.options, ctx.inplace, ctx.needs_input_grad[2:4], ctx.eager)
+        arguments = (*saved[:8], grad, *switches, *saved[8:])
         if not torch.is_grad_enabled():
             gradient, of_soft, of_hard = _gradients(*arguments)
         elif ctx.inplace:
             raise RuntimeError("inplace=True cannot be used with create_graph=True: the logits would be lost")
         else:
             gradient, of_soft, of_hard = _Gradients.apply(*arguments)
-        return gradient, None, None, of_soft, of_hard, None, None, None, None
+        return gradient, None, of_soft, of_hard, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
 class _EagerFunction(FusedKDFunction):
@@ -79,19 +85,33 @@ class _EagerFunction(FusedKDFunction):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        student, teacher, targets, coef_soft, coef_hard, _, options, _, summed = inputs
-        backend = PREFERENCE[options.backend]
-        soft, hard, stats = backend.rows_forward(LogitRows(student, teacher, targets, options))
+        student, targets, coef_soft, coef_hard, _, kind, options, _, summed, *teacher = inputs
+        soft, hard, stats = teachers.rows_forward(student, teacher, targets, kind, options)
         output = (_losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats)
         FusedKDFunction.setup_context(ctx, inputs, output)
-        ctx.backend = backend
+        ctx.eager = True
         return output
 
 
-def rows_loss(eager: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def rows_loss(
+    eager: bool,
+    student: Tensor,
+    teacher: Teacher,
+    targets: Tensor,
+    coef_soft: Coefficient,
+    coef_hard: Coefficient,
+    symbolic: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The first three results of FusedKDFunction, for its arguments. `eager`: what `checks.plain` says of the tensors,
     and none is `checks.lazy`; options.backend is then a name."""
-    losses, soft, hard, _ = (_EagerFunction if eager else FusedKDFunction).apply(*arguments)
+    arguments = (student, targets, coef_soft, coef_hard, symbolic, teacher.kind, *options, *teacher.tensors)
+    run = _EagerFunction.apply if eager else FusedKDFunction.apply
+    if torch.compiler.is_compiling() and not (
+        torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    ):
+        run = FusedKDFunction.forward  # where no gradient is wanted dynamo would give one with *teacher a ctx
+    losses, soft, hard, _ = run(*arguments)
     return losses, soft, hard
 
 
@@ -110,7 +130,6 @@ def _losses(
 
 def _gradients(
     student: Tensor,
-    teacher: Tensor,
     targets: Tensor,
     coef_soft: Coefficient,
     coef_hard: Coefficient,
@@ -119,33 +138,39 @@ def _gradients(
     hard: Tensor,
     stats: Tensor,
     grad: Tensor,
+    kind: str,
     options: RowOptions,
     inplace: bool,
     wanted: tuple[bool, bool],
-    backend: Backend | None,
+    eager: bool,
+    *teacher: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of the student, and of those coefficients of which it is wanted."""
     if not plain(student, grad) or lazy(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
-        backend = None
+        eager = False
     of_loss: Coefficient = grad  # of each row's loss; or of their sum, and then a number where nobody waits for it
-    if backend is not None and grad.dim() == 0 and grad.device.type == "cpu":
+    if eager and grad.dim() == 0 and grad.device.type == "cpu":
         of_loss = float(grad)
     grad_soft, grad_hard = _vector(of_loss * coef_soft, soft), _vector(of_loss * coef_hard, soft)
+    of_coefficients = (of_loss * soft if wanted[0] else None, of_loss * hard if wanted[1] else None)
     vectors = (stats, grad_soft, grad_hard)
-    if backend is not None:
+    if eager:
         gradient = student if inplace else empty_gradient(student)
         if inplace:
             torch.autograd.graph.increment_version(student)
-        backend.rows_backward(LogitRows(student, teacher, targets, options), *vectors, gradient)
-    elif inplace:
+        teachers.rows_backward(student, teacher, targets, *vectors, kind, options, gradient)
+        return gradient.detach() if inplace else gradient, *of_coefficients
+    if inplace:
         # A graph may return the logits too, or need them for another loss. Where it does not, inductor elides the copy.
-        gradient = student.clone() if torch.compiler.is_compiling() else student
-        # (The operator tells autograd of the write.)
-        ops.rows_backward_(gradient, teacher, targets, *vectors, *options, symbolic)
+        student = student.clone() if torch.compiler.is_compiling() else student
+    if kind == LOGITS:
+        operator = ops.rows_backward_ if inplace else ops.rows_backward
+        gradient = operator(student, *teacher, targets, *vectors, *options, symbolic)
     else:
-        gradient = ops.rows_backward(student, teacher, targets, *vectors, *options, symbolic)
-    gradient = gradient.detach() if inplace else gradient
-    return gradient, of_loss * soft if wanted[0] else None, of_loss * hard if wanted[1] else None
+        operator = ops.teachers_backward_ if inplace else ops.teachers_backward
+        gradient = operator(student, teacher, targets, *vectors, kind, *options, symbolic)
+    # (The operator tells autograd of the write.)
+    return student.detach() if inplace else gradient, *of_coefficients
 
 
 def _vector(value: Coefficient, like: Tensor) -> Tensor:

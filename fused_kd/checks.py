@@ -1,5 +1,7 @@
 """The checks of the tensors that the loss is called with. Nothing here reads a value on a GPU."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,28 +59,38 @@ def check_columns(name: str, logits: Tensor) -> None:
         )
 
 
-def check_logits(student: Tensor, teacher: Tensor, options: KDOptions) -> None:
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}; a model's output has .logits")
-        check_columns(name, logits)
+def check_student(student: Tensor, options: KDOptions) -> None:
+    _check_logits("student_logits", student)
+    if student.dim() == 1 and (options.shift or options.reduction == "batchmean"):
+        name = "shift=True" if options.shift else 'reduction="batchmean"'
+        raise ValueError(f"{name} needs student_logits [..., T, V], got {tuple(student.shape)}")
+
+
+def _check_logits(name: str, logits: object) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}; a model's output has .logits")
+    check_columns(name, logits)
+    return logits
+
+
+def check_teacher_logits(name: str, given: object, student: Tensor, options: KDOptions) -> Tensor:
+    """The teacher's logits that are given under this name."""
+    teacher = _check_logits(name, given)
     if student.shape != teacher.shape:
-        shapes = f"student_logits {tuple(student.shape)}, teacher_logits {tuple(teacher.shape)}"
+        shapes = f"student_logits {tuple(student.shape)}, {name} {tuple(teacher.shape)}"
         if student.shape[:-1] != teacher.shape[:-1]:
-            raise ValueError(f"teacher_logits must have the student's leading shape, got {shapes}")
+            raise ValueError(f"{name} must have the student's leading shape, got {shapes}")
         if options.vocab_mismatch == "error":
             raise ValueError(
-                f"teacher_logits must have the student's vocabulary, got {shapes}; if the columns that both have mean "
+                f"{name} must have the student's vocabulary, got {shapes}; if the columns that both have mean "
                 'the same tokens, vocab_mismatch="truncate" compares those'
             )
     if student.device != teacher.device:
         raise ValueError(
-            f"teacher_logits must be on the student's device, got student_logits on {student.device} and "
-            f"teacher_logits on {teacher.device}"
+            f"{name} must be on the student's device, got student_logits on {student.device} and "
+            f"{name} on {teacher.device}"
         )
-    if student.dim() == 1 and (options.shift or options.reduction == "batchmean"):
-        name = "shift=True" if options.shift else 'reduction="batchmean"'
-        raise ValueError(f"{name} needs student_logits [..., T, V], got {tuple(student.shape)}")
+    return teacher
 
 
 def check_labels(labels: Tensor | None, student: Tensor, options: KDOptions) -> None:
@@ -133,7 +145,38 @@ def check_num_items(num_items: float | Tensor | None, student: Tensor, options: 
     return num_items
 
 
-def check_inplace(student: Tensor, teacher: Tensor) -> None:
+def check_teacher_weights(
+    weights: Sequence[float] | Tensor | None, teachers: int, student: Tensor, readable: bool
+) -> list[float] | Tensor:
+    """One for each of the teachers; as a tensor NaN for those that may not be, values not being `readable`."""
+    if weights is None:
+        return [1.0] * teachers
+    if isinstance(weights, Tensor):
+        check_dense("teacher_weights", weights)
+        if not weights.is_floating_point():
+            raise TypeError(f"teacher_weights must be a floating tensor or numbers, got {weights.dtype}")
+        if weights.device != student.device:
+            raise ValueError(f"teacher_weights must be on the logits' device {student.device}, got {weights.device}")
+        if weights.shape != (teachers,):
+            raise ValueError(f"teacher_weights must have the shape ({teachers},), got {tuple(weights.shape)}")
+        if not readable:
+            return torch.where(torch.isfinite(weights) & (weights >= 0), weights, torch.nan)
+        weights = weights.tolist()
+    elif not isinstance(weights, Sequence) or isinstance(weights, str):
+        kind = type(weights).__name__
+        raise TypeError(f"teacher_weights must be a sequence of numbers or a tensor, one for each teacher, got {kind}")
+    if len(weights) != teachers:
+        raise ValueError(f"teacher_weights must be {teachers} numbers, one for each teacher, got {len(weights)}")
+    known = [number(f"teacher_weights[{k}]", weight) for k, weight in enumerate(weights)]
+    for k, weight in enumerate(known):
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"teacher_weights[{k}] must be finite and at least 0, got {weight}")
+    if not sum(known) > 0:
+        raise ValueError(f"teacher_weights must not all be 0, got {weights}: no teacher would be left")
+    return known
+
+
+def check_inplace(student: Tensor, teachers: Sequence[Tensor]) -> None:
     """Whether the gradient may overwrite the student's logits. Not traced: whose storage it is shows in eager mode."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and student.requires_grad):
         return  # without a gradient nothing will be overwritten
@@ -154,7 +197,7 @@ def check_inplace(student: Tensor, teacher: Tensor) -> None:
             "zeros without memory; pass student_logits.resolve_neg() or .clone(), or use inplace=False"
         )
     memory = student.untyped_storage().data_ptr()
-    if memory != 0 and memory == teacher.untyped_storage().data_ptr():
+    if memory != 0 and any(memory == teacher.untyped_storage().data_ptr() for teacher in teachers):
         raise ValueError(
             "inplace=True would overwrite teacher_logits, which share the student's storage; use inplace=False"
         )
@@ -163,6 +206,8 @@ def check_inplace(student: Tensor, teacher: Tensor) -> None:
 
 def check_no_overlap(student: Tensor) -> None:
     """Raises ValueError where two elements may share a place: each stride must reach past what smaller ones span."""
+    if student.numel() == 0:
+        return
     reach = 1
     for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
         if size > 1 and stride < reach:

@@ -3,18 +3,33 @@
 Everything here but the two tensors of logits is a vector with one number a row, in ordinary PyTorch.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_kd.autograd import rows_loss
-from fused_kd.backends import choose
-from fused_kd.backends.rows import NO_LABEL, OUT_OF_RANGE, SKIP, RowOptions, row_dtype
-from fused_kd.checks import check_inplace, check_labels, check_logits, check_num_items, check_weights, lazy, plain
+from fused_kd.backends.rows import NO_LABEL, OUT_OF_RANGE, SKIP, RowOptions, exact_dtype
+from fused_kd.checks import (
+    check_inplace,
+    check_labels,
+    check_num_items,
+    check_student,
+    check_teacher_logits,
+    check_teacher_weights,
+    check_weights,
+    lazy,
+    plain,
+)
 from fused_kd.divergences import Divergence, DivergenceName, divergence_of
-from fused_kd.options import KDOptions, Reduction, VocabMismatch
+from fused_kd.ensemble import common_columns
+from fused_kd.options import Ensemble, KDOptions, Reduction, VocabMismatch
+from fused_kd.sparse import SparseTeacher, check_fits
+from fused_kd.teachers import LOGITS, Teacher, backend_name, row_dtypes
+
+TeacherLogits: TypeAlias = Tensor | Sequence[Tensor] | SparseTeacher
 
 
 class KDLossOutput(NamedTuple):
@@ -31,7 +46,7 @@ class KDLossOutput(NamedTuple):
 
 def fused_kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = None,
     *,
     temperature: float = KDOptions.temperature,
@@ -40,6 +55,7 @@ def fused_kd_loss(
     teacher_temperature: float | None = KDOptions.teacher_temperature,
     t2_scaling: bool = KDOptions.t2_scaling,
     divergence: DivergenceName | Divergence = KDOptions.divergence,
+    ensemble: Ensemble = KDOptions.ensemble,
     reduction: Reduction = KDOptions.reduction,
     ignore_index: int = KDOptions.ignore_index,
     soft_on_ignored: bool = KDOptions.soft_on_ignored,
@@ -51,6 +67,7 @@ def fused_kd_loss(
     backend: str = KDOptions.backend,
     num_items: float | Tensor | None = None,
     weights: Tensor | None = None,
+    teacher_weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor | KDLossOutput:
     """The distillation loss of Hinton, Vinyals and Dean (2015), "Distilling the Knowledge in a Neural Network".
 
@@ -65,7 +82,11 @@ def fused_kd_loss(
         student_logits: [..., V], float32, float16, bfloat16 or float64, any strides with unit stride in V. Nothing is
             copied but what is not in memory as it is, as by PyTorch's own operators: a tensor whose is_neg() is true,
             and zeros without memory, which derivatives make.
-        teacher_logits: [..., V] with the same leading shape, on the same device; its dtype may differ.
+        teacher_logits: [..., V] with the same leading shape, on the same device; its dtype may differ. Several
+            teachers: a list of such tensors, whose distributions' mean is p. They are combined for a few rows at a
+            time; with a float32 student in float64, by the torch backend. Or a `SparseTeacher`: a few
+            log-probabilities a position, at the teacher's temperature, so that `teacher_temperature` stays None; the
+            student is float32 then too where these are float64.
         labels: the logits' leading shape, int64. None needs hard_weight == 0.
         temperature: tau of both softmaxes of the soft term, between 1e-10 and 1e10.
         alpha: weight of the soft term, in [0, 1] unless hard_weight is given.
@@ -75,6 +96,8 @@ def fused_kd_loss(
         divergence: an object of `fused_kd.divergences`, or the name of one with its defaults: "forward_kl",
             "cross_entropy", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation" or
             "logit_mse", which stands in place of KL(p || q) above.
+        ensemble: the mean of several teachers' distributions, weighted by `teacher_weights` w: "arithmetic", p = sum
+            w_k softmax(t_k / teacher_temperature), or "geometric", p = softmax(sum w_k t_k / teacher_temperature).
         reduction: "mean": each term over its own rows, weighted by `weights`. "sum". "batchmean": the sum divided by
             student_logits.shape[0]. "none": one loss a position, in the leading shape, 0 where nothing counts.
         ignore_index: a position with this label has no term.
@@ -90,6 +113,8 @@ def fused_kd_loss(
         num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as
             the count of labelled positions over all micro-batches of a step. 0 counts as 1.
         weights: the logits' leading shape, floating, finite and at least 0; 0 is an ignored position.
+        teacher_weights: one number for each of several teachers, a sequence or a floating tensor [K], finite and at
+            least 0, not all 0; None: equal. Divided by their sum; a constant. A teacher of weight 0 has no part.
 
     Returns:
         The loss, float32 (float64 if either logits are): a scalar, or the leading shape with reduction="none".
@@ -107,6 +132,7 @@ def fused_kd_loss(
         teacher_temperature=teacher_temperature,
         t2_scaling=t2_scaling,
         divergence=divergence,
+        ensemble=ensemble,
         reduction=reduction,
         ignore_index=ignore_index,
         soft_on_ignored=soft_on_ignored,
@@ -117,32 +143,39 @@ def fused_kd_loss(
         return_parts=return_parts,
         backend=backend,
     )
-    return compute(student_logits, teacher_logits, labels, num_items, weights, options)
+    return compute(student_logits, teacher_logits, labels, num_items, weights, teacher_weights, options)
 
 
 def compute(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None,
     num_items: float | Tensor | None,
     weights: Tensor | None,
+    teacher_weights: Sequence[float] | Tensor | None,
     options: KDOptions,
 ) -> Tensor | KDLossOutput:
     """`fused_kd_loss` with its options checked."""
-    eager = plain(student_logits, teacher_logits, labels, num_items, weights)
-    check_logits(student_logits, teacher_logits, options)
+    check_student(student_logits, options)
+    given: Sequence[object] = [teacher_logits]
+    if isinstance(teacher_logits, SparseTeacher):
+        given = [teacher_logits.ids, teacher_logits.log_probs]
+    elif isinstance(teacher_logits, (list, tuple)):
+        given = teacher_logits
+    eager = plain(student_logits, *given, labels, num_items, weights, teacher_weights)
+    readable = eager and student_logits.device.type == "cpu"  # values, and without waiting for them
+    teacher = _teacher(student_logits, teacher_logits, teacher_weights, options, readable)
     check_labels(labels, student_logits, options)
     num_items = check_num_items(num_items, student_logits, options)
-    readable = eager and student_logits.device.type == "cpu"  # values, and without waiting for them
     weights = check_weights(weights, student_logits, readable)
     if options.inplace:
-        check_inplace(student_logits, teacher_logits)
+        check_inplace(student_logits, teacher.tensors)
 
     # Chosen once, for both directions; an operator chooses when it runs.
     divergence = divergence_of(options.divergence)
     backend = options.backend
     if eager:
-        backend = choose(backend, student_logits, teacher_logits, divergence.name).NAME
+        backend = backend_name(backend, student_logits, teacher, divergence.name)
     rows, symbolic = _row_options(options, divergence, backend, eager)
     soft_on_ignored = options.soft_on_ignored and rows.soft
     targets = _targets(student_logits, labels, weights, options.ignore_index, NO_LABEL if soft_on_ignored else SKIP)
@@ -150,7 +183,7 @@ def compute(
         targets = _shifted(targets, SKIP)
         weights = None if weights is None else _shifted(weights, 0.0)
     targets = targets.flatten()
-    dtype = row_dtype(student_logits, teacher_logits)
+    dtype, *_ = row_dtypes(teacher.kind, student_logits, teacher.tensors)
     if weights is not None:
         weights = weights.flatten().to(dtype)
 
@@ -164,9 +197,9 @@ def compute(
         of_hard = rate(counted & (targets != NO_LABEL))
     positions = student_logits.shape[:-1] if options.reduction == "none" else None
     loss, soft, hard = rows_loss(
-        eager and not (lazy(student_logits) or lazy(teacher_logits) or lazy(targets)),
+        eager and not any(map(lazy, (student_logits, targets, *teacher.tensors))),
         student_logits,
-        teacher_logits.detach(),
+        teacher,
         targets,
         options.weight_of_soft(taken) * of_soft,
         options.weight_of_hard(taken) * of_hard,
@@ -184,6 +217,48 @@ def compute(
         _reduced((soft * of_soft).detach(), positions) if rows.soft else None,
         _reduced((hard * of_hard).detach(), positions) if rows.hard else None,
     )
+
+
+def _teacher(
+    student: Tensor,
+    teacher: TeacherLogits,
+    weights: Sequence[float] | Tensor | None,
+    options: KDOptions,
+    readable: bool,
+) -> Teacher:
+    """The teacher, checked and detached."""
+    if not isinstance(teacher, (list, tuple)):
+        if weights is not None:
+            raise ValueError(
+                "teacher_weights weighs several teachers, but teacher_logits is one; leave teacher_weights out, or "
+                "pass a list of tensors"
+            )
+        if isinstance(teacher, SparseTeacher):
+            if options.teacher_temperature is not None:
+                raise ValueError(
+                    f"teacher_temperature is {options.teacher_temperature}, but the log-probabilities of a "
+                    "SparseTeacher already have theirs (from_logits takes it); leave teacher_temperature out"
+                )
+            check_fits(teacher, student, divergence_of(options.divergence))
+            return Teacher(teacher.missing, (teacher.ids, teacher.log_probs.detach()))
+        teacher = check_teacher_logits("teacher_logits", teacher, student, options)
+        return Teacher(LOGITS, (teacher.detach(),))
+    if len(teacher) == 0:
+        raise ValueError("teacher_logits must have at least one tensor, got an empty list")
+    named = [(f"teacher_logits[{k}]", logits) for k, logits in enumerate(teacher)]
+    tensors = tuple(check_teacher_logits(name, logits, student, options).detach() for name, logits in named)
+    shares = check_teacher_weights(weights, len(teacher), student, readable)
+    if len(tensors) == 1:
+        return Teacher(LOGITS, tensors)
+    if not _positive(options.alpha):  # they will not be read
+        return Teacher(LOGITS, (common_columns(student, tensors),))
+    dtype = exact_dtype(student.device)
+    if not isinstance(shares, Tensor):
+        # (Each number as a filled tensor: a copy from the CPU would make a GPU wait.)
+        shares = torch.stack([torch.ones((), dtype=dtype, device=student.device) * share for share in shares])
+    shares = shares.detach().to(dtype)
+    shares = (shares / shares.sum()).expand(*student.shape[:-1], -1)
+    return Teacher(options.ensemble, (shares, *tensors))
 
 
 def _row_options(

@@ -1,5 +1,6 @@
 """The loss as a module."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -7,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_kd.divergences import Divergence, DivergenceName
-from fused_kd.functional import KDLossOutput, compute
-from fused_kd.options import OPTIONS, KDOptions, Reduction, VocabMismatch
+from fused_kd.functional import KDLossOutput, TeacherLogits, compute
+from fused_kd.options import OPTIONS, Ensemble, KDOptions, Reduction, VocabMismatch
 
 
 class FusedKDLoss(torch.nn.Module):
@@ -29,6 +30,7 @@ class FusedKDLoss(torch.nn.Module):
         teacher_temperature: float | None = KDOptions.teacher_temperature,
         t2_scaling: bool = KDOptions.t2_scaling,
         divergence: DivergenceName | Divergence = KDOptions.divergence,
+        ensemble: Ensemble = KDOptions.ensemble,
         reduction: Reduction = KDOptions.reduction,
         ignore_index: int = KDOptions.ignore_index,
         soft_on_ignored: bool = KDOptions.soft_on_ignored,
@@ -47,6 +49,7 @@ class FusedKDLoss(torch.nn.Module):
             teacher_temperature=teacher_temperature,
             t2_scaling=t2_scaling,
             divergence=divergence,
+            ensemble=ensemble,
             reduction=reduction,
             ignore_index=ignore_index,
             soft_on_ignored=soft_on_ignored,
@@ -79,14 +82,15 @@ class FusedKDLoss(torch.nn.Module):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: TeacherLogits,
         labels: Tensor | None = None,
         *,
         num_items: float | Tensor | None = None,
         weights: Tensor | None = None,
+        teacher_weights: Sequence[float] | Tensor | None = None,
     ) -> Tensor | KDLossOutput:
         """The loss of logits [..., V]; see `fused_kd.fused_kd_loss`."""
-        return compute(student_logits, teacher_logits, labels, num_items, weights, self.options)
+        return compute(student_logits, teacher_logits, labels, num_items, weights, teacher_weights, self.options)
 
     def extra_repr(self) -> str:
         changed: dict[str, Any] = {

@@ -12,10 +12,11 @@ import torch
 from torch import SymBool, Tensor
 
 from fused_kd.backends import check_name
-from fused_kd.backends.rows import STATS, RowOptions, row_dtype
+from fused_kd.backends.rows import REST, RowOptions
 from fused_kd.checks import check_columns, check_dense, lazy
 from fused_kd.divergences import with_parameters
 from fused_kd.options import check_smoothing, check_temperature
+from fused_kd.teachers import LOGITS, check_teacher, row_dtypes
 
 # What an operator's `symbolic` replaces, in its order.
 SYMBOLIC = ("temperature", "teacher_temperature", "label_smoothing")  # and the parameters
@@ -23,16 +24,16 @@ _OPTIONS = len(RowOptions._fields)
 
 
 def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[Any, ...]:
-    """The tensors with these names and the RowOptions, of which an operator's arguments consist (`ops.py`).
+    """The arguments with these names and the RowOptions, of which an operator's arguments consist (`ops.py`).
 
     Raises ValueError or TypeError for what no backend can take. Rows are counted and not laid out: student [..., V] and
-    teacher [..., V2] need as many, not the same shape, and targets [N]. All others are stats [N, STATS] or vectors [N],
-    of any strides. A fake kernel does not `read` what is symbolic; nor sizes, which are looked at when they are known.
+    teacher [..., V2] need as many, not the same shape, and targets [N]. All others are stats [N, k] or vectors [N], of
+    any strides, and the `kind` of a teacher that is a list of tensors, of the student's leading shape. A fake kernel
+    does not `read` what is symbolic; nor sizes, which are looked at when they are known.
     """
-    tensors, options = arguments[: len(names)], arguments[len(names) :]
+    named, options = arguments[: len(names)], arguments[len(names) :]
     rows, symbolic = RowOptions(*options[:_OPTIONS]), [x for x in options[_OPTIONS:] if x is not None]
     rows = rows._replace(parameters=tuple(rows.parameters))
-    student, teacher, targets, *rest = tensors
     for numbers in symbolic:
         check_dense("symbolic", numbers)
         shape = (len(SYMBOLIC) + len(rows.parameters),)
@@ -43,28 +44,45 @@ def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[A
             values = numbers.tolist()
             rows = rows._replace(**dict(zip(SYMBOLIC, values, strict=False)), parameters=tuple(values[len(SYMBOLIC) :]))
     _check_options(rows)
-    for name, logits in zip(names, (student, teacher), strict=False):
-        check_columns(name, logits)
+    values = dict(zip(names, named, strict=True))
+    student, teacher, kind = values.pop("student"), values.pop("teacher"), values.pop("kind", LOGITS)
+    check_columns("student", student)
+    if kind == LOGITS and isinstance(teacher, Tensor):
+        if rows.divergence != REST:
+            check_columns("teacher", teacher)
+        elif teacher.dtype != torch.int64 or teacher.dim() == 0:
+            got = f"{teacher.dtype} {tuple(teacher.shape)}"
+            raise TypeError(f"teacher must be int64 ids [..., k] for the divergence {REST!r}, got {got}")
+        teacher = (teacher,)
+    else:
+        check_teacher(kind, student, teacher)
     count = math.prod(student.shape[:-1])
-    _check_device("teacher", teacher, student)
-    _check_size("teacher", teacher, math.prod(teacher.shape[:-1]), count, student)
-    _check_rows("targets", targets, count, student, torch.int64)
-    for name, values in zip(names[3:], rest, strict=True):
-        _check_rows(name, values, count, student, row_dtype(student, teacher))
-    return *tensors, rows
+    for each in teacher:
+        _check_device("teacher", each, student)
+        _check_size("teacher", each, math.prod(each.shape[:-1]), count, student)
+    dtype, stats_dtype, width = row_dtypes(kind, student, teacher)
+    _check_rows("targets", values.pop("targets"), count, student, torch.int64)
+    for name, vector in values.items():
+        if name == "stats":
+            _check_rows(name, vector, count, student, stats_dtype, width)
+        else:
+            _check_rows(name, vector, count, student, dtype)
+    return *named, rows
 
 
-def _check_rows(name: str, values: Tensor, count: int, student: Tensor, dtype: torch.dtype) -> None:
-    shape = f"[N, {STATS}]" if name == "stats" else "[N]"
+def _check_rows(
+    name: str, values: Tensor, count: int, student: Tensor, dtype: torch.dtype, width: int | None = None
+) -> None:
+    shape = "[N]" if width is None else f"[N, {width}]"
     check_dense(name, values)
     _check_device(name, values, student)
     if values.dtype != dtype:
         why = "" if name == "targets" else ", as rows_forward gives for these logits"
         raise TypeError(f"{name} must be {dtype}{why}, got {values.dtype}; pass {name}.to({dtype})")
-    if values.dim() != shape.count(",") + 1:
+    if values.dim() != (1 if width is None else 2):
         raise ValueError(f"{name} must have the shape {shape}, a row each, got {tuple(values.shape)}")
-    if name == "stats":
-        _require(values.shape[1] == STATS, lambda: f"stats must have the shape {shape}, got {tuple(values.shape)}")
+    if width is not None:
+        _require(values.shape[1] == width, lambda: f"stats must have the shape {shape}, got {tuple(values.shape)}")
     _check_size(name, values, values.shape[0], count, student)
 
 
@@ -94,7 +112,8 @@ def _require(condition: bool | SymBool, message: Callable[[], str]) -> None:
 def _check_options(options: RowOptions) -> None:
     check_temperature("temperature", options.temperature)
     check_temperature("teacher_temperature", options.teacher_temperature)
-    with_parameters(options.divergence, options.parameters)
+    if options.divergence != REST:
+        with_parameters(options.divergence, options.parameters)
     check_smoothing(options.label_smoothing)
     check_name(options.backend)
 
@@ -119,7 +138,8 @@ def register_odd_operands(name: str, operator: Any, names: list[str], mutates: S
 
     def refuse(*arguments: Any) -> NoReturn:
         for operand, values in zip(names, arguments, strict=False):
-            check_dense(operand, values)
+            for each in [values] if isinstance(values, Tensor) else values:
+                check_dense(operand, each)
         raise AssertionError("unreachable: one of them is nested or masked")
 
     def refuse_subclass(_kind: Any, _operator: Any, _types: Any, arguments: tuple[Any, ...], _: Any) -> NoReturn:
@@ -136,6 +156,8 @@ def register_odd_operands(name: str, operator: Any, names: list[str], mutates: S
 
 
 def _laid_out(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_laid_out(x) for x in value]
     if not isinstance(value, Tensor):
         return value
     return value.new_zeros(value.shape) if value._is_zerotensor() else value.resolve_neg()

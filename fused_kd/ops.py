@@ -3,6 +3,9 @@
 The backend is chosen when an operator runs. Vectors with one number a row are float32, or float64 where one of the
 logits is. What a fake kernel allocates is what the real one does. Both check their operands (`fused_kd.operands`).
 
+`rows_*` take a teacher's logits, `teachers_*` what other kinds of teachers have (`fused_kd.teachers`), as a list of
+tensors and the kind's name.
+
 The options are those of RowOptions, and after them `symbolic`: None, or what replaces the numbers among them, a tensor
 [temperature, teacher_temperature, label_smoothing, *parameters], float64 on the CPU. torch.compile keeps a number that
 changes from call to call symbolic in a tensor; as an argument it would be a constant, and each of its values compiled
@@ -15,11 +18,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fused_kd import backends
-from fused_kd.backends.rows import STATS, Backend, LogitRows, RowOptions, row_dtype
+from fused_kd import backends, teachers
+from fused_kd.backends.rows import Backend, LogitRows, RowOptions
 from fused_kd.checks import check_no_overlap
 from fused_kd.gradient_memory import empty_gradient
 from fused_kd.operands import checked, register_odd_operands
+from fused_kd.teachers import LOGITS, row_dtypes
 
 
 def forward(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,21 +32,7 @@ def forward(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptio
     return _backend_for(rows).rows_forward(rows)
 
 
-def backward(student: Tensor, *rest: Any) -> Tensor:
-    """The gradient of sum(grad_soft * soft + grad_hard * hard), contiguous, in the student's dtype and shape."""
-    out = empty_gradient(student)
-    _backward(out, student, *rest)
-    return out
-
-
-def backward_(student: Tensor, *rest: Any) -> None:
-    """The same, written over the student's logits."""
-    check_no_overlap(student)  # a compiled caller could not
-    _backward(student, student, *rest)
-
-
-def _backward(
-    out: Tensor,
+def write_gradient(
     student: Tensor,
     teacher: Tensor,
     targets: Tensor,
@@ -50,9 +40,31 @@ def _backward(
     grad_soft: Tensor,
     grad_hard: Tensor,
     options: RowOptions,
+    out: Tensor,
 ) -> None:
     rows = LogitRows(student, teacher, targets, options)
     _backend_for(rows).rows_backward(rows, stats, grad_soft, grad_hard, out)
+
+
+def _new(write: Callable[..., None]) -> Callable[..., Tensor]:
+    """The gradient of sum(grad_soft * soft + grad_hard * hard), contiguous, in the student's dtype and shape."""
+
+    def backward(student: Tensor, *rest: Any) -> Tensor:
+        out = empty_gradient(student)
+        write(student, *rest, out)
+        return out
+
+    return backward
+
+
+def _in_place(write: Callable[..., None]) -> Callable[..., None]:
+    """The same, written over the student's logits."""
+
+    def backward_(student: Tensor, *rest: Any) -> None:
+        check_no_overlap(student)  # a compiled caller could not
+        write(student, *rest, student)
+
+    return backward_
 
 
 def fused(
@@ -69,13 +81,13 @@ def _backend_for(rows: LogitRows) -> Backend:
     return backends.choose(rows.options.backend, rows.student, rows.teacher, rows.options.divergence)
 
 
-def _empty_rows(student: Tensor, teacher: Tensor, targets: Tensor, *shape: int) -> Tensor:
-    return student.new_empty(targets.shape[0], *shape, dtype=row_dtype(student, teacher))
-
-
-def _fake_forward(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = (student, teacher, targets)
-    return _empty_rows(*rows), _empty_rows(*rows), _empty_rows(*rows, STATS)
+def _fake_forward(
+    student: Tensor, teacher: Tensor | Sequence[Tensor], targets: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    kind, tensors = (LOGITS, [teacher]) if isinstance(teacher, Tensor) else (rest[0], teacher)
+    dtype, stats_dtype, width = row_dtypes(kind, student, tensors)
+    soft, hard = (student.new_empty(targets.shape[0], dtype=dtype) for _ in range(2))
+    return soft, hard, student.new_empty((targets.shape[0], width), dtype=stats_dtype)
 
 
 def _fake_backward(student: Tensor, *rest: Any) -> Tensor:
@@ -83,8 +95,8 @@ def _fake_backward(student: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_fused(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = (student, teacher, targets)
-    return _empty_rows(*rows), _empty_rows(*rows), student.new_empty(student.shape)
+    soft, hard, _ = _fake_forward(student, teacher, targets)
+    return soft, hard, student.new_empty(student.shape)
 
 
 _SCHEMA = {float: "float", str: "str", bool: "bool", tuple[float, ...]: "float[]"}
@@ -111,27 +123,45 @@ def _operator(
     return operator
 
 
-_LOGITS = "Tensor student, Tensor teacher, Tensor targets"
-_MUTATED = "Tensor(a!) student, Tensor teacher, Tensor targets"
-_GRADS = "Tensor stats, Tensor grad_soft, Tensor grad_hard"
-_COEFS = "Tensor coef_soft, Tensor coef_hard"
+def _pair(
+    name: str, forward: Callable[..., Any], write: Callable[..., None], teacher: str, kind: str
+) -> tuple[Any, ...]:
+    """<name>_forward, <name>_backward and <name>_backward_, which overwrites the student."""
+    rows = f"Tensor student, {teacher}, Tensor targets"
+    grads = f"{rows}, Tensor stats, Tensor grad_soft, Tensor grad_hard{kind} ->"
+    return (
+        _operator(f"{name}_forward", forward, _fake_forward, f"{rows}{kind} -> (Tensor, Tensor, Tensor)"),
+        _operator(f"{name}_backward", _new(write), _fake_backward, f"{grads} Tensor"),
+        _operator(
+            f"{name}_backward_", _in_place(write), lambda *_: None, f"{grads} ()".replace(" ", "(a!) ", 1), ["student"]
+        ),
+    )
 
-rows_forward = _operator("rows_forward", forward, _fake_forward, f"{_LOGITS} -> (Tensor, Tensor, Tensor)")
-rows_backward = _operator("rows_backward", backward, _fake_backward, f"{_LOGITS}, {_GRADS} -> Tensor")
-rows_backward_ = _operator("rows_backward_", backward_, lambda *_: None, f"{_MUTATED}, {_GRADS} -> ()", ["student"])
-rows_fused = _operator("rows_fused", fused, _fake_fused, f"{_LOGITS}, {_COEFS} -> (Tensor, Tensor, Tensor)")
+
+rows_forward, rows_backward, rows_backward_ = _pair("rows", forward, write_gradient, "Tensor teacher", "")
+rows_fused = _operator(
+    "rows_fused",
+    fused,
+    _fake_fused,
+    "Tensor student, Tensor teacher, Tensor targets, Tensor coef_soft, Tensor coef_hard -> (Tensor, Tensor, Tensor)",
+)
+teachers_forward, teachers_backward, teachers_backward_ = _pair(
+    "teachers", teachers.rows_forward, teachers.rows_backward, "Tensor[] teacher", ", str kind"
+)
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, symbolic = *inputs[:3], output[2], inputs[-1]
-    ctx.save_for_backward(*tensors, symbolic)
-    ctx.options = inputs[3:-1]
+    student, teacher, targets, *ctx.options, symbolic = inputs
+    ctx.listed = not isinstance(teacher, Tensor)
+    ctx.save_for_backward(student, targets, output[2], symbolic, *(teacher if ctx.listed else [teacher]))
 
 
-def _rows_gradient(ctx: Any, grad_soft: Tensor, grad_hard: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, symbolic = ctx.saved_tensors
-    gradient = rows_backward(*tensors, grad_soft, grad_hard, *ctx.options, symbolic)
-    return gradient, *(None,) * (3 + len(ctx.options))
+def _rows_gradient(ctx: Any, grad_soft: Tensor, grad_hard: Tensor, _: Tensor) -> tuple[Any, ...]:
+    student, targets, stats, symbolic, *teacher = ctx.saved_tensors
+    backward, given = (teachers_backward, teacher) if ctx.listed else (rows_backward, teacher[0])
+    gradient = backward(student, given, targets, stats, grad_soft, grad_hard, *ctx.options, symbolic)
+    of_teacher = [None] * len(teacher) if ctx.listed else None
+    return gradient, of_teacher, *(None,) * (2 + len(ctx.options))
 
 
 def no_second_derivative(*_: Any) -> NoReturn:
@@ -141,30 +171,33 @@ def no_second_derivative(*_: Any) -> NoReturn:
 
 
 # For who calls the operators, and for a graph that torch.export made of them; the loss has its own way (autograd.py).
-rows_forward.register_autograd(_rows_gradient, setup_context=_save_rows)
-rows_backward.register_autograd(no_second_derivative)
+for _each in (rows_forward, teachers_forward):
+    _each.register_autograd(_rows_gradient, setup_context=_save_rows)
+for _each in (rows_backward, teachers_backward):
+    _each.register_autograd(no_second_derivative)
 
 
 def _over_a_batch(operator: Any) -> None:
     """Registers what torch.func.vmap makes of an operator: the batch becomes the first dimension of the rows."""
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         batch = info.batch_size
 
-        def leading(x: Tensor, dim: int | None) -> Tensor:
+        def leading(x: Any, dim: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return [leading(*pair) for pair in zip(x, dim, strict=True)]
             return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
 
-        count = next(i for i, x in enumerate(arguments) if not isinstance(x, Tensor))
-        tensors = [leading(x, dim) for x, dim in zip(arguments[:count], in_dims[:count], strict=True)]
-        logits, vectors = tensors[:2], [x.flatten(0, 1) for x in tensors[2:]]
-        results = operator(*logits, *vectors, *arguments[count:])
+        count = next(i for i, x in enumerate(arguments) if not isinstance(x, Tensor | list | tuple))
+        student, teacher, *vectors = (leading(*pair) for pair in zip(arguments[:count], in_dims[:count], strict=True))
+        results = operator(student, teacher, *(x.flatten(0, 1) for x in vectors), *arguments[count:])
         if isinstance(results, Tensor):  # a gradient, in the student's shape
             return results, 0
-        split = tuple(x if x.shape == logits[0].shape else x.unflatten(0, (batch, -1)) for x in results)
+        split = tuple(x if x.shape == student.shape else x.unflatten(0, (batch, -1)) for x in results)
         return split, (0,) * len(split)
 
     operator.register_vmap(rule)
 
 
-for _each in (rows_forward, rows_backward, rows_fused):
+for _each in (rows_forward, rows_backward, rows_fused, teachers_forward, teachers_backward):
     _over_a_batch(_each)

@@ -10,8 +10,10 @@ from fused_kd.real_numbers import described, number
 
 Reduction = Literal["mean", "sum", "none", "batchmean"]
 VocabMismatch = Literal["error", "truncate"]
+Ensemble = Literal["arithmetic", "geometric"]
 
 _CHOICES = {
+    "ensemble": get_args(Ensemble),
     "reduction": get_args(Reduction),
     "vocab_mismatch": get_args(VocabMismatch),
 }
@@ -32,6 +34,7 @@ class KDOptions:
     teacher_temperature: float | None = None
     t2_scaling: bool = True
     divergence: DivergenceName | Divergence = "forward_kl"
+    ensemble: Ensemble = "arithmetic"
     reduction: Reduction = "mean"
     ignore_index: int = -100
     soft_on_ignored: bool = False

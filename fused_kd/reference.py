@@ -12,6 +12,8 @@ Everything is computed in the dtype of the logits; give it float64.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from fused_kd.divergences import (
     TotalVariation,
     divergence_of,
 )
+from fused_kd.sparse import SparseTeacher
 
 
 def soft_term(
@@ -103,6 +106,52 @@ def mean_squared_difference(x: Tensor, y: Tensor, centred: bool) -> Tensor:
     return (difference**2).sum(-1) / (2 * count)
 
 
+def mean_logits(
+    teachers: Sequence[Tensor], weights: Sequence[float] | Tensor | None, *, ensemble: str, temperature: float
+) -> Tensor:
+    """Logits, softmax(logits / temperature) = p, of the mean of several teachers' distributions, for weights w_k that
+    are divided by their sum; None: equal. Arithmetic: p = sum w_k softmax(t_k / temperature), and the logits are
+    temperature log p. Geometric: p ~ prod softmax(t_k / temperature)^w_k, and they are sum w_k t_k."""
+    shares = [1.0] * len(teachers) if weights is None else [float(w) for w in weights]
+    pairs = [(w / sum(shares), t) for w, t in zip(shares, teachers, strict=True) if w > 0]
+    if ensemble == "geometric":
+        return sum((w * t for w, t in pairs), torch.zeros_like(pairs[0][1]))
+    return temperature * torch.stack([math.log(w) + log_softmax(t / temperature, -1) for w, t in pairs]).logsumexp(0)
+
+
+def sparse_soft_term(
+    student: Tensor, ids: Tensor, log_probs: Tensor, *, missing: str, temperature: float, divergence: str | Divergence
+) -> Tensor:
+    """How far the student [N, V] is from a teacher of whom log-probabilities [N, k] are known, at the columns `ids`; a
+    slot with id -1 or log_prob -inf is empty: [N]. `fused_kd.SparseTeacher` says what is `missing`."""
+    rows = zip(student / temperature, ids.long(), log_probs, strict=True)
+    divergence = divergence_of(divergence)
+    losses = [_sparse_row(x, i[known], p[known], missing, divergence) for x, i, p in rows for known in [_known(i, p)]]
+    return torch.stack(losses) if losses else student[:, :1].squeeze(1)
+
+
+def _known(ids: Tensor, log_probs: Tensor) -> Tensor:
+    return (ids != -1) & (log_probs != -torch.inf)
+
+
+def _sparse_row(x: Tensor, ids: Tensor, log_p: Tensor, missing: str, divergence: Divergence) -> Tensor:
+    log_q = log_softmax(x, -1)
+    others = torch.ones_like(x, dtype=torch.bool).index_fill(0, ids, False)
+    if missing == "both":
+        log_p, log_q = log_softmax(log_p, -1), log_softmax(x[ids], -1)
+    elif missing == "truncate":
+        log_q = log_q[ids]
+    elif missing == "renormalize":
+        log_p = torch.full_like(x, -torch.inf).index_put((ids,), log_softmax(log_p, -1))
+    elif others.any() and log_p.exp().sum() <= 1:
+        log_p = torch.cat([log_p, torch.log1p(-log_p.exp().sum(0, keepdim=True))])
+        log_q = torch.cat([log_q[ids], log_q[others].logsumexp(0, keepdim=True)])
+    else:  # nothing is left, but for rounding
+        log_p = torch.cat([log_softmax(log_p, -1), torch.full_like(log_p[:1], -torch.inf)])
+        log_q = torch.cat([log_q[ids], log_q.masked_fill(~others, -torch.inf).logsumexp(0, keepdim=True)])
+    return divergence_terms(log_p, log_q, divergence).sum()
+
+
 def hard_term(student: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
     """Cross entropy with the labels [N] at temperature 1, for rows [N, V]: [N]."""
     return cross_entropy(student, labels, label_smoothing=label_smoothing, reduction="none")
@@ -110,7 +159,7 @@ def hard_term(student: Tensor, labels: Tensor, *, label_smoothing: float) -> Ten
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor] | SparseTeacher,
     labels: Tensor | None = None,
     *,
     temperature: float = 2.0,
@@ -119,6 +168,7 @@ def kd_loss(
     teacher_temperature: float | None = None,
     t2_scaling: bool = True,
     divergence: str | Divergence = "forward_kl",
+    ensemble: str = "arithmetic",
     reduction: str = "mean",
     ignore_index: int = -100,
     soft_on_ignored: bool = False,
@@ -126,19 +176,29 @@ def kd_loss(
     label_smoothing: float = 0.0,
     num_items: float | None = None,
     weights: Tensor | None = None,
+    teacher_weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """The loss of logits [..., V]; the options are those of `fused_kd.fused_kd_loss`.
 
     Vocabularies of different sizes are cut to the columns that both have.
     """
-    vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student, teacher = student_logits[..., :vocabulary], teacher_logits.detach()[..., :vocabulary]
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    student = student_logits
+    if isinstance(teacher_logits, SparseTeacher):
+        tensors = [teacher_logits.ids, teacher_logits.log_probs.to(student.dtype)]
+    else:
+        teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
+        vocabulary = min(x.shape[-1] for x in (student, *teachers))
+        student, tensors = student[..., :vocabulary], [x.detach()[..., :vocabulary] for x in teachers]
+        if len(tensors) > 1:
+            tensors = [mean_logits(tensors, teacher_weights, ensemble=ensemble, temperature=teacher_temperature)]
     if shift:
-        student, teacher = student[..., :-1, :], teacher[..., :-1, :]
+        student, tensors = student[..., :-1, :], [x[..., :-1, :] for x in tensors]
         labels = None if labels is None else labels[..., 1:]
         weights = None if weights is None else weights[..., 1:]
     positions = student.shape[:-1]
-    student, teacher = student.reshape(-1, vocabulary), teacher.reshape(-1, vocabulary)
+    student, *tensors = (x.reshape(math.prod(positions), x.shape[-1]) for x in (student, *tensors))
     y = student.new_full(positions, ignore_index, dtype=torch.long).flatten() if labels is None else labels.reshape(-1)
     w = student.new_ones(positions).flatten() if weights is None else weights.reshape(-1).to(student.dtype)
 
@@ -149,13 +209,12 @@ def kd_loss(
     factor = alpha * (temperature**2 if t2_scaling else 1.0)
 
     # Only the rows that count are looked at: what stands in the others has no part in the value or the gradient.
-    soft = soft_term(
-        student[counted],
-        teacher[counted],
-        temperature=temperature,
-        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
-        divergence=divergence,
-    )
+    seen = [x[counted] for x in tensors]
+    how: dict[str, Any] = {"temperature": temperature, "divergence": divergence}
+    if isinstance(teacher_logits, SparseTeacher):
+        soft = sparse_soft_term(student[counted], *seen, missing=teacher_logits.missing, **how)
+    else:
+        soft = soft_term(student[counted], *seen, teacher_temperature=teacher_temperature, **how)
     hard = student.new_zeros(0)
     if hard_weight > 0:
         hard = hard_term(student[labelled], y[labelled], label_smoothing=label_smoothing)

@@ -9,7 +9,7 @@ import cuda_host
 import torch
 from torch import Tensor
 
-from fused_kd import KDLossOutput, fused_kd_loss
+from fused_kd import KDLossOutput, SparseTeacher, fused_kd_loss
 from fused_kd.backends import PREFERENCE, refusal
 from fused_kd.backends.rows import SKIP, LogitRows, RowOptions
 from fused_kd.reference import hard_term, kd_loss, soft_term
@@ -107,7 +107,12 @@ def parts(output: Tensor | KDLossOutput) -> Tensor:
 
 
 def both(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, *, upstream: Tensor | None = None, **options: Any
+    student: Tensor,
+    teacher: Tensor | list[Tensor],
+    labels: Tensor | None,
+    *,
+    upstream: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and gradient of the package, and those of the reference in float64 on the same numbers."""
     options = on_device(options)
@@ -120,7 +125,10 @@ def both(
     for name in ("inplace", "backend", "return_parts", "vocab_mismatch"):
         options.pop(name, None)
     exact = student.detach().double().requires_grad_()
-    expected = kd_loss(exact, teacher.double(), labels, **options)
+    exact_teacher: Any = teacher  # (log-probabilities are made float64 there)
+    if not isinstance(teacher, SparseTeacher):
+        exact_teacher = teacher.double() if isinstance(teacher, Tensor) else [x.double() for x in teacher]
+    expected = kd_loss(exact, exact_teacher, labels, **options)
     (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
     return loss, gradient, expected.detach(), expected_gradient
 

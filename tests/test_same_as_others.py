@@ -16,7 +16,7 @@ import torch
 from support import make_labels, make_logits
 from torch import Tensor
 
-from fused_kd import fused_kd_loss
+from fused_kd import SparseTeacher, fused_kd_loss
 from fused_kd.divergences import JSD, CrossEntropy, Divergence, ForwardKL, ReverseKL, SymmetricKL
 
 
@@ -46,9 +46,15 @@ def definitions(package: str, file: str, *names: str) -> SimpleNamespace:
     return SimpleNamespace(**{name: found[name] for name in names})
 
 
-def check_same(theirs: Callable[[Tensor, Tensor, Tensor], Tensor], **options: Any) -> None:
+def check_same(
+    theirs: Callable[[Tensor, Any, Tensor], Tensor],
+    taught: Callable[[Tensor, Tensor], Any] = lambda teacher, labels: teacher,
+    **options: Any,
+) -> None:
+    """`taught` makes of the teacher's logits, and the labels, what both losses get."""
     student, teacher = (x.double() for x in make_logits("wide", 4, 7, 300))
     labels = make_labels(4, 7, vocabulary=300)
+    teacher = taught(teacher, labels)
     student.requires_grad_()
     options = {"alpha": 1.0, "t2_scaling": False, "temperature": 1.0} | options
     losses = [fused_kd_loss(student, teacher, labels, **options), theirs(student, teacher, labels)]
@@ -114,3 +120,51 @@ def test_liger(beta: float, divergence: Divergence) -> None:
         return result
 
     check_same(theirs, divergence=divergence, reduction="sum")
+
+
+def top_5_and_fewer(teacher: Tensor, labels: Tensor) -> SparseTeacher:
+    top = SparseTeacher.from_logits(teacher, 5)
+    empty = torch.zeros_like(top.ids, dtype=torch.bool)
+    empty[0, :, 3:] = True
+    return SparseTeacher(top.ids, top.log_probs.masked_fill(empty, -torch.inf), top.missing)
+
+
+def top_1_and_label(teacher: Tensor, labels: Tensor) -> SparseTeacher:
+    top = SparseTeacher.from_logits(teacher, 1)
+    own = labels.clamp(min=0).unsqueeze(-1)
+    log_p = torch.log_softmax(teacher, -1).gather(-1, own)
+    return SparseTeacher(
+        torch.cat([top.ids, own.masked_fill(own == top.ids, -1)], -1), torch.cat([top.log_probs, log_p], -1)
+    )
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize(("beta", "divergence"), OF_BETA)
+def test_trl_from_a_server(beta: float, divergence: Divergence, tail: bool) -> None:
+    names = (
+        "_jsd_divergence", "_add_tail_bucket", "_compute_server_forward_kl_loss",
+        "_compute_sparse_top_1_divergence_loss", "_reduce_divergence_loss",
+    )  # fmt: skip
+    theirs = definitions("trl", "experimental/server_distillation/server_distillation_trainer.py", *names)
+    trainer = SimpleNamespace(loss_add_tail=tail, beta=beta, _reduce_divergence_loss=theirs._reduce_divergence_loss)
+
+    def loss(student: Tensor, teacher: SparseTeacher, labels: Tensor) -> Tensor:
+        log_q, ids, log_p = torch.log_softmax(student, -1), teacher.ids, teacher.log_probs
+        result: Tensor
+        if beta == 0:
+            server = {"topk_logprobs": log_p, "topk_token_ids": ids}
+            result = theirs._compute_server_forward_kl_loss(trainer, server, log_q, labels)
+            return result
+        own = torch.where(ids[..., 1] == -1, ids[..., 0], ids[..., 1])
+        arguments = (log_q, ids[..., 0], log_p[..., 0], own, log_p[..., 1], labels)
+        result = theirs._compute_sparse_top_1_divergence_loss(trainer, *arguments)
+        return result
+
+    def taught(teacher: Tensor, labels: Tensor) -> SparseTeacher:
+        made = (top_5_and_fewer if beta == 0 else top_1_and_label)(teacher, labels)
+        if beta == 1:  # the label alone
+            own = labels.clamp(min=0).unsqueeze(-1)
+            made = SparseTeacher(torch.cat([torch.full_like(own, -1), own], -1), made.log_probs)
+        return SparseTeacher(made.ids, made.log_probs, "rest" if tail else "both")
+
+    check_same(loss, taught, divergence=divergence)

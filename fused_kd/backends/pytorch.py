@@ -15,6 +15,7 @@ from fused_kd.backends.rows import (
     LOG_RATIO,
     MISS,
     NO_LABEL,
+    REST,
     SKIP,
     STATS,
     STUDENT_MAX,
@@ -24,6 +25,7 @@ from fused_kd.backends.rows import (
     TOP,
     LogitRows,
     check_targets,
+    exact_dtype,
     in_range,
     row_dtype,
 )
@@ -67,9 +69,10 @@ def rows_fused(rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tenso
 
 
 def _chunks(rows: LogitRows) -> Iterator["_Chunk"]:
+    kind = _RestChunk if rows.options.divergence == REST else _Chunk
     step = max(1, _CHUNK // max(1, rows.columns))
     for begin in range(0, rows.number, step):
-        yield _Chunk(rows, torch.arange(begin, min(begin + step, rows.number), device=rows.student.device))
+        yield kind(rows, torch.arange(begin, min(begin + step, rows.number), device=rows.student.device))
 
 
 def _index_of(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor | None, ...]:
@@ -87,16 +90,18 @@ class _Chunk:
     def __init__(self, rows: LogitRows, span: Tensor) -> None:
         self.options, self.span, self.columns = o, _, columns = rows.options, span, rows.columns
         self.index = _index_of(span, rows.student.shape[:-1])
-        dtype = row_dtype(rows.student, rows.teacher)
         self.scale = 1 / o.temperature
-        self.divergence = with_parameters(o.divergence, o.parameters)
-        self.s = rows.student[..., :columns][self.index].to(dtype)
-        self.t = rows.teacher[..., :columns][_index_of(span, rows.teacher.shape[:-1])].to(dtype)
+        self.s = rows.student[..., :columns][self.index]
+        self._take(rows.teacher[_index_of(span, rows.teacher.shape[:-1])], row_dtype(rows.student, rows.teacher))
         target = rows.targets[span]
         self.counted = target != SKIP
         self.labelled = self.counted & (target != NO_LABEL)
         self.valid = in_range(target, self.columns)
         self.label = torch.where(self.labelled & self.valid, target, 0).unsqueeze(1)
+
+    def _take(self, teacher: Tensor, dtype: torch.dtype) -> None:
+        self.divergence = with_parameters(self.options.divergence, self.options.parameters)
+        self.s, self.t = self.s.to(dtype), teacher[:, : self.columns].to(dtype)
 
     def _pair(self, centre_s: Tensor, centre_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e_s, e_t and delta, measured from these: e_s = e_t exp(delta)."""
@@ -147,14 +152,13 @@ class _Chunk:
         return (self.t - max_t) * self._teacher_factor
 
     def finish(self, soft: Tensor, hard: Tensor, stats: Tensor) -> None:
-        final = torch.float64 if self.s.device.type != "mps" else torch.float32
+        final = exact_dtype(self.s.device)
         stat = torch.zeros((len(self.span), STATS), dtype=final, device=self.s.device)
         max_s, max_t = self._centres() if self.options.soft else (_maximum(self.s), None)
         stat[:, STUDENT_MAX] = max_s.squeeze(1).to(final)
         if max_t is not None:
             stat[:, TEACHER_MAX] = max_t.squeeze(1).to(final)
-            of_logits = isinstance(self.divergence, LogitMSE)
-            value = self._mean_squared_difference(stat) if of_logits else self._finish_soft(max_s, max_t, stat)
+            value = self._finish_soft(max_s, max_t, stat)
             soft[self.span] = self._kept(self.counted, value).to(soft.dtype)
         if self.options.hard:
             hard[self.span] = self._kept(self.labelled, self._finish_hard(max_s, stat)).to(hard.dtype)
@@ -162,6 +166,8 @@ class _Chunk:
 
     def _finish_soft(self, max_s: Tensor, max_t: Tensor, stat: Tensor) -> Tensor:
         final = stat.dtype
+        if isinstance(self.divergence, LogitMSE):
+            return self._mean_squared_difference(stat)
         e_s, e_t, delta = self._pair(max_s, max_t)
         if self._exchanged:
             e_s, e_t, delta = e_t, e_s, -delta
@@ -225,11 +231,8 @@ class _Chunk:
         if o.soft:
             gradient = self._soft_gradient(stat) * (grad_soft[self.span] * self.scale).unsqueeze(1)
         if o.hard:
-            q1 = (self.s - stat[..., STUDENT_MAX]).exp() / stat[..., HARD_SUM]
-            rise = q1.scatter(1, self.label, -stat[..., MISS])
-            if o.label_smoothing > 0:
-                rise = rise - o.label_smoothing / self.columns
-                rise.scatter_add_(1, self.label, torch.full_like(rise[:, :1], o.label_smoothing))
+            is_label = torch.arange(self.columns, device=self.s.device) == self.label
+            rise = hard_gradient(self.s, is_label, stat, o.label_smoothing, self.columns)
             rise = torch.where(self.labelled.unsqueeze(1), rise, 0.0)
             gradient = gradient + rise * grad_hard[self.span].unsqueeze(1)
         rows = torch.zeros((len(self.span), out.shape[-1]), dtype=out.dtype, device=out.device)
@@ -241,7 +244,7 @@ class _Chunk:
         p, q = e_t / z_t, e_s / z_s
         log_p = self._teacher_from(stat[..., TEACHER_MAX]) * self.scale - z_t.log()
         log_q = (self.s - stat[..., STUDENT_MAX]) * self.scale - z_s.log()
-        return Columns(p, q, log_p, log_q, d, _difference(p, q, d))
+        return Columns(p, q, log_p, log_q, d, exact_difference(p, q, d))
 
     def _soft_gradient(self, stat: Tensor) -> Tensor:
         """Of the soft term, times tau."""
@@ -254,7 +257,7 @@ class _Chunk:
             return torch.where(e_s == 0, q * top, q * (delta + top))
         if self.divergence.family is None:
             p, q = e_t / stat[..., TEACHER_SUM], e_s / stat[..., STUDENT_SUM]
-            return _difference(p, q, delta - stat[..., LOG_RATIO])
+            return exact_difference(p, q, delta - stat[..., LOG_RATIO])
         columns = self._columns(e_s, e_t, delta, stat)
         _, c = column_terms(self.divergence.family, columns)
         return torch.where(columns.q > 0.5, stat[..., TOP], c - columns.q * stat[..., GROWTH])
@@ -279,7 +282,42 @@ class _Chunk:
         return torch.where(self.valid, torch.where(rows, values, 0.0), torch.nan)
 
 
-def _difference(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+class _RestChunk(_Chunk):
+    """For REST, all of it in float64: the ids stand where the teacher's logits would."""
+
+    def _take(self, teacher: Tensor, dtype: torch.dtype) -> None:
+        self.rounded = dtype
+        self.s = self.s.to(exact_dtype(self.s.device))
+        listed = torch.zeros((len(self.span), self.columns + 1), dtype=torch.bool, device=self.s.device)
+        listed.scatter_(1, torch.where((teacher < 0) | (teacher > self.columns), self.columns, teacher), True)
+        self.others = ~listed[:, :-1]
+
+    def _centres(self) -> tuple[Tensor, Tensor]:
+        lowest = torch.finfo(self.rounded).min  # the stats' float32 has no lower number
+        of_others = _maximum(torch.where(self.others, self.s, -torch.inf))
+        return _maximum(self.s).clamp(min=lowest), of_others.clamp(min=lowest)
+
+    def _exponentials(self, centre: Tensor) -> Tensor:
+        return torch.where(self.others, ((self.s - centre) * self.scale).exp(), 0.0)
+
+    def _finish_soft(self, max_s: Tensor, max_t: Tensor, stat: Tensor) -> Tensor:
+        total = self._exponentials(max_t).sum(-1, dtype=stat.dtype)
+        stat[:, STUDENT_SUM] = total.to(self.rounded)
+        stat[:, LOG_RATIO] = total - stat[:, STUDENT_SUM]
+        return max_t.squeeze(1) * self.scale + total.log()
+
+    def _soft_gradient(self, stat: Tensor) -> Tensor:
+        e = self._exponentials(stat[..., TEACHER_MAX])
+        return torch.where(e == 0, 0.0, e / (stat[..., STUDENT_SUM].to(e.dtype) + stat[..., LOG_RATIO]))
+
+
+def hard_gradient(s: Tensor, is_label: Tensor, stat: Tensor, label_smoothing: float, columns: int) -> Tensor:
+    """Of the hard term at some of the `columns`, for logits [n, m] there and stats [n, 1, STATS]."""
+    q1 = (s - stat[..., STUDENT_MAX]).exp() / stat[..., HARD_SUM]
+    return torch.where(is_label, label_smoothing - stat[..., MISS], q1) - label_smoothing / columns
+
+
+def exact_difference(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
     """q - p without cancellation."""
     return torch.where(log_ratio.abs() < _SMALL, p * log_ratio.expm1(), q - p)
 

@@ -11,6 +11,15 @@ NO_LABEL = -(2**63)  # the soft term only
 OUT_OF_RANGE = NO_LABEL + 1  # the label SKIP where it has no such meaning
 
 
+# In place of a divergence, of teachers that say something of a few columns alone (`fused_kd.sparse`). `teacher` is then
+# their ids [..., k], int64, -1 for none and none twice, and
+#     soft = log R,  R = the sum over all other columns of exp(s / temperature)
+#     d soft / ds = exp(s / temperature) / (temperature R) there; its gradient at the ids is not looked at
+# The hard term is as ever. For soft alone, rounded to float32, would not do (close to the teacher at tau = 100 log R
+# has to be right to 5e-10), the stats have R = exp(TEACHER_MAX / temperature) (STUDENT_SUM + LOG_RATIO): the largest
+# logit of the other columns, their sum from there, rounded to the dtype of stats, and what that rounding took off.
+REST = "rest"
+
 # What the gradient needs of a row: the columns of stats [N, STATS]. With e_s = exp((s - max) / tau):
 (
     STUDENT_MAX,  # the points that the sums are measured from: the maxima, or near them
@@ -32,7 +41,7 @@ class RowOptions(NamedTuple):
 
     temperature: float
     teacher_temperature: float
-    divergence: str  # a name of fused_kd.divergences.DIVERGENCES
+    divergence: str  # a name of fused_kd.divergences.DIVERGENCES, or REST
     label_smoothing: float
     soft: bool
     hard: bool
@@ -55,6 +64,8 @@ class LogitRows(NamedTuple):
     @property
     def columns(self) -> int:
         """The vocabulary: the columns that both have."""
+        if self.options.divergence == REST:
+            return self.student.shape[-1]
         return min(self.student.shape[-1], self.teacher.shape[-1])
 
 
@@ -88,9 +99,14 @@ def lacks(divergence: str) -> str | None:
     return f"it does not have the divergence {divergence!r} yet; the torch backend has"
 
 
-def row_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+def row_dtype(*logits: Tensor) -> torch.dtype:
     """The dtype of vectors with one number a row."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in logits] else torch.float32
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def bad_target(rows: LogitRows, row: int) -> IndexError:

@@ -1,0 +1,162 @@
+"""Several teachers: the mean of their distributions, a few rows at a time.
+
+With p_k = softmax(t_k / tau) and weights w_k >= 0 that sum to 1, as Hinton, Vinyals and Dean (2015) have it:
+
+    arithmetic  p = sum w_k p_k
+    geometric   p ~ prod p_k^w_k = softmax(sum w_k t_k / tau)
+
+Both have logits, softmax(logits / tau) = p. They are written for a piece of the rows, a view of bounded size, and are
+that piece's teacher for the row verbs of `fused_kd.backends`; the backward writes them again. A teacher of weight 0 has
+no part in them, whatever it holds.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from fused_kd.backends import choose
+from fused_kd.backends.rows import STATS, Backend, LogitRows, RowOptions, check_targets, exact_dtype, row_dtype
+from fused_kd.checks import check_columns, check_dense
+from fused_kd.divergences import LogitMSE, with_parameters
+from fused_kd.options import Ensemble
+
+ENSEMBLES: tuple[str, ...] = get_args(Ensemble)
+
+_PIECE = 1 << 20  # elements of the combined logits
+_PIECE_ON_A_GPU = 1 << 24  # few rows would not fill one
+
+
+def combined_dtype(student: Tensor, teachers: Sequence[Tensor]) -> torch.dtype:
+    """That of the combined logits. Rounded to float32 they would cost a float32 student's gradient its digits."""
+    whole = row_dtype(student, *teachers) == torch.float64 or student.dtype == torch.float32
+    return exact_dtype(student.device) if whole else torch.float32
+
+
+def combined(
+    teachers: Sequence[Tensor], weights: Tensor, kind: str, temperature: float, dtype: torch.dtype, level: bool
+) -> Tensor:
+    """Logits [..., V] of the mean of these [..., V], for weights [..., K], computed in float64 and rounded to `dtype`.
+
+    Of an arithmetic mean they are log p times the temperature; not at a `level`, but for a number that is added to a
+    row, with which they are about as large as the teachers' and rounded as little.
+    """
+    exact = exact_dtype(weights.device)
+    shares = weights.to(exact).unsqueeze(-1).unbind(-2)
+    zero = torch.zeros((), dtype=exact, device=weights.device)
+    if kind == "geometric":
+        terms = (torch.where(w == 0, zero, t.to(exact) * w) for t, w in zip(teachers, shares, strict=True))
+        return sum(terms, zero).to(dtype)
+    scaled = [t.to(exact) / temperature for t in teachers]
+    log_sums = [x.logsumexp(-1, keepdim=True) for x in scaled]
+    base = zero
+    if not level:
+        base = sum((torch.where(w == 0, zero, w * x) for w, x in zip(shares, log_sums, strict=True)), zero)
+    mean = -torch.inf * torch.ones_like(zero)
+    for x, w, log_sum in zip(scaled, shares, log_sums, strict=True):
+        mean = torch.logaddexp(mean, torch.where(w == 0, -torch.inf, x + (w.log() - log_sum + base)))
+    return (mean * temperature).to(dtype)
+
+
+def pieces(sizes: Sequence[int], rows: int) -> Iterator[tuple[tuple[int | slice, ...], slice]]:
+    """The rows of a tensor [*sizes, ...] in their order, in views of at most so many, or of one: what indexes each, and
+    which of all rows it has."""
+    axis, inner = len(sizes), 1
+    while axis > 0 and inner * sizes[axis - 1] <= rows:
+        axis -= 1
+        inner *= sizes[axis]
+    if axis == 0:
+        yield (), slice(0, inner)
+        return
+    step, begin = max(1, rows // inner), 0
+    for outer in itertools.product(*map(range, sizes[: axis - 1])):
+        for first in range(0, sizes[axis - 1], step):
+            number = min(step, sizes[axis - 1] - first)
+            yield (*outer, slice(first, first + number)), slice(begin, begin + number * inner)
+            begin += number * inner
+
+
+# The verbs. `teacher` is (weights [..., K], t_1 [..., V_1], ... t_K).
+
+
+def backend_for(name: str, student: Tensor, teacher: Sequence[Tensor], divergence: str) -> Backend:
+    """As `fused_kd.backends.choose`, for the combined logits."""
+    dtype = combined_dtype(student, teacher[1:])
+    try:
+        return choose(name, student, student.new_empty((1, 1), dtype=dtype), divergence)
+    except ValueError as error:
+        if student.dtype != torch.float32 or dtype != torch.float64 or "cannot be used" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}. Several teachers of a float32 student are combined in float64, which keeps its gradient's "
+            'digits: use backend="auto" or "torch", or student_logits in bfloat16 or float16'
+        ) from None
+
+
+def check_teacher(student: Tensor, teacher: Sequence[Tensor]) -> None:
+    """Of an operator. Raises ValueError or TypeError."""
+    if len(teacher) < 2 or teacher[0].shape[-1] != len(teacher) - 1 or not teacher[0].is_floating_point():
+        shapes = [(x.dtype, tuple(x.shape)) for x in teacher]
+        raise ValueError(f"teacher must be floating weights [..., K] and K tensors of logits, got {shapes}")
+    check_dense("teacher", teacher[0])
+    for logits in teacher[1:]:
+        check_columns("teacher", logits)
+
+
+def row_dtypes(student: Tensor, teacher: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, int]:
+    """The dtype of vectors with one number a row; that of stats, and how many numbers these have a row."""
+    _, *teachers = teacher
+    combination = torch.empty((), dtype=combined_dtype(student, teachers), device="meta")
+    return row_dtype(student, *teachers), row_dtype(student, combination), STATS
+
+
+def rows_forward(
+    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, stats_dtype, width = row_dtypes(student, teacher)
+    soft, hard = (student.new_empty(targets.numel(), dtype=dtype) for _ in range(2))
+    stats = student.new_empty((targets.numel(), width), dtype=stats_dtype)
+    check_targets(
+        LogitRows(student, common_columns(student, teacher[1:]), targets, options)
+    )  # a piece's row has another number
+    for backend, rows, _, span in _pieces(student, teacher, targets, kind, options):
+        soft[span], hard[span], stats[span] = backend.rows_forward(rows)
+    return soft, hard, stats
+
+
+def rows_backward(
+    student: Tensor,
+    teacher: Sequence[Tensor],
+    targets: Tensor,
+    stats: Tensor,
+    grad_soft: Tensor,
+    grad_hard: Tensor,
+    kind: str,
+    options: RowOptions,
+    out: Tensor,
+) -> None:
+    for backend, rows, index, span in _pieces(student, teacher, targets, kind, options):
+        of_soft, of_hard = (grad[span].to(stats.dtype) for grad in (grad_soft, grad_hard))
+        backend.rows_backward(rows, stats[span], of_soft, of_hard, out[index])
+
+
+def common_columns(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
+    """One of the teachers, in float64 if one is, cut to the columns that all have."""
+    columns = min(x.shape[-1] for x in (student, *teachers))
+    return max(teachers, key=lambda x: x.dtype == torch.float64)[..., :columns]
+
+
+def _pieces(
+    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
+) -> Iterator[tuple[Backend, LogitRows, tuple[int | slice, ...], slice]]:
+    weights, *teachers = teacher
+    level = with_parameters(options.divergence, options.parameters) == LogitMSE(centred=False)
+    backend = backend_for(options.backend, student, teacher, options.divergence)
+    dtype, columns = combined_dtype(student, teachers), common_columns(student, teachers).shape[-1]
+    limit = max(1, (_PIECE if student.device.type == "cpu" else _PIECE_ON_A_GPU) // columns)
+    for index, span in pieces(student.shape[:-1], limit):
+        views = [x[..., :columns][index] for x in teachers]
+        logits = combined(views, weights[index], kind, options.teacher_temperature, dtype, level)
+        yield backend, LogitRows(student[index], logits, targets[span], options), index, span
