@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import choose
-from fused_kd.backends.rows import STATS, Backend, LogitRows, RowOptions, check_targets, exact_dtype, row_dtype
+from fused_kd.backends.rows import (
+    STATS,
+    Backend,
+    LogitRows,
+    RowOptions,
+    check_targets,
+    exact_dtype,
+    row_dtype,
+    with_itself,
+)
 from fused_kd.checks import check_columns, check_dense
 from fused_kd.divergences import LogitMSE, with_parameters
 from fused_kd.options import Ensemble
@@ -140,6 +149,15 @@ def rows_backward(
     for backend, rows, index, span in _pieces(student, teacher, targets, kind, options):
         of_soft, of_hard = (grad[span].to(stats.dtype) for grad in (grad_soft, grad_hard))
         backend.rows_backward(rows, stats[span], of_soft, of_hard, out[index])
+
+
+def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:
+    dtype, _, _ = row_dtypes(student, teacher)
+    result = student.new_empty(targets.numel(), dtype=dtype)
+    options = with_itself(options, options.teacher_temperature)
+    for backend, rows, _, span in _pieces(student, teacher, targets, kind, options):
+        result[span], _, _ = backend.rows_forward(rows._replace(student=rows.teacher))
+    return result
 
 
 def common_columns(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:

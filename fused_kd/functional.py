@@ -25,6 +25,7 @@ from fused_kd.checks import (
 )
 from fused_kd.divergences import Divergence, DivergenceName, divergence_of
 from fused_kd.ensemble import common_columns
+from fused_kd.entropies import row_entropies
 from fused_kd.options import Ensemble, KDOptions, Reduction, VocabMismatch
 from fused_kd.sparse import SparseTeacher, check_fits
 from fused_kd.teachers import LOGITS, Teacher, backend_name, row_dtypes
@@ -36,12 +37,15 @@ class KDLossOutput(NamedTuple):
     """What `return_parts=True` gives: loss = alpha * temperature**2 * soft + hard_weight * hard.
 
     `soft` (without the factor) and `hard` are reduced like the loss, and detached. A term whose weight is 0 is not
-    computed: None.
+    computed: None. With `entropies=True` those of the student and the teacher, -sum q log q and -sum p log p, in nats,
+    at their temperatures, reduced like soft, and detached.
     """
 
     loss: Tensor
     soft: Tensor | None
     hard: Tensor | None
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
 
 
 def fused_kd_loss(
@@ -64,6 +68,7 @@ def fused_kd_loss(
     vocab_mismatch: VocabMismatch = KDOptions.vocab_mismatch,
     inplace: bool = KDOptions.inplace,
     return_parts: bool = KDOptions.return_parts,
+    entropies: bool = KDOptions.entropies,
     backend: str = KDOptions.backend,
     num_items: float | Tensor | None = None,
     weights: Tensor | None = None,
@@ -108,6 +113,8 @@ def fused_kd_loss(
         vocab_mismatch: "error", or "truncate" to the columns that both have.
         inplace: the backward overwrites student_logits with the gradient instead of allocating it.
         return_parts: return a KDLossOutput.
+        entropies: with return_parts, the entropies of student and teacher too: each logit is read once more. Of several
+            teachers that of their mean, of a SparseTeacher that of its classes.
         backend: "auto", "cpu", "triton", "cuda" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND,
             else the first that fits. `fused-kd info` lists them.
         num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as
@@ -141,6 +148,7 @@ def fused_kd_loss(
         vocab_mismatch=vocab_mismatch,
         inplace=inplace,
         return_parts=return_parts,
+        entropies=entropies,
         backend=backend,
     )
     return compute(student_logits, teacher_logits, labels, num_items, weights, teacher_weights, options)
@@ -212,10 +220,16 @@ def compute(
         loss = loss.reshape(positions)
     if not options.return_parts:
         return loss
+    of_both: tuple[Tensor, ...] = ()
+    if options.entropies:
+        of_both = row_entropies(
+            student_logits.detach(), teacher, targets, rows._replace(backend=options.backend), symbolic
+        )
     return KDLossOutput(
         loss,
         _reduced((soft * of_soft).detach(), positions) if rows.soft else None,
         _reduced((hard * of_hard).detach(), positions) if rows.hard else None,
+        *(_reduced((entropy * of_soft).detach(), positions) for entropy in of_both),
     )
 
 
@@ -250,7 +264,7 @@ def _teacher(
     shares = check_teacher_weights(weights, len(teacher), student, readable)
     if len(tensors) == 1:
         return Teacher(LOGITS, tensors)
-    if not _positive(options.alpha):  # they will not be read
+    if not (_positive(options.alpha) or options.entropies):  # they will not be read
         return Teacher(LOGITS, (common_columns(student, tensors),))
     dtype = exact_dtype(student.device)
     if not isinstance(shares, Tensor):

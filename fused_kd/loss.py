@@ -39,6 +39,7 @@ class FusedKDLoss(torch.nn.Module):
         vocab_mismatch: VocabMismatch = KDOptions.vocab_mismatch,
         inplace: bool = KDOptions.inplace,
         return_parts: bool = KDOptions.return_parts,
+        entropies: bool = KDOptions.entropies,
         backend: str = KDOptions.backend,
     ) -> None:
         super().__init__()
@@ -58,6 +59,7 @@ class FusedKDLoss(torch.nn.Module):
             vocab_mismatch=vocab_mismatch,
             inplace=inplace,
             return_parts=return_parts,
+            entropies=entropies,
             backend=backend,
         )
 

@@ -90,6 +90,11 @@ def _fake_forward(
     return soft, hard, student.new_empty((targets.shape[0], width), dtype=stats_dtype)
 
 
+def _fake_entropy(student: Tensor, *rest: Any) -> Tensor:
+    soft, _, _ = _fake_forward(student, *rest)
+    return soft
+
+
 def _fake_backward(student: Tensor, *rest: Any) -> Tensor:
     return student.new_empty(student.shape)
 
@@ -148,6 +153,12 @@ rows_fused = _operator(
 teachers_forward, teachers_backward, teachers_backward_ = _pair(
     "teachers", teachers.rows_forward, teachers.rows_backward, "Tensor[] teacher", ", str kind"
 )
+teachers_entropy = _operator(
+    "teachers_entropy",
+    teachers.rows_entropy,
+    _fake_entropy,
+    "Tensor student, Tensor[] teacher, Tensor targets, str kind -> Tensor",
+)
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -191,13 +202,15 @@ def _over_a_batch(operator: Any) -> None:
         count = next(i for i, x in enumerate(arguments) if not isinstance(x, Tensor | list | tuple))
         student, teacher, *vectors = (leading(*pair) for pair in zip(arguments[:count], in_dims[:count], strict=True))
         results = operator(student, teacher, *(x.flatten(0, 1) for x in vectors), *arguments[count:])
-        if isinstance(results, Tensor):  # a gradient, in the student's shape
-            return results, 0
-        split = tuple(x if x.shape == student.shape else x.unflatten(0, (batch, -1)) for x in results)
-        return split, (0,) * len(split)
+        single = isinstance(results, Tensor)
+        # (A gradient has the student's shape.)
+        split = [
+            x if x.shape == student.shape else x.unflatten(0, (batch, -1)) for x in ([results] if single else results)
+        ]
+        return (split[0], 0) if single else (tuple(split), (0,) * len(split))
 
     operator.register_vmap(rule)
 
 
-for _each in (rows_forward, rows_backward, rows_fused, teachers_forward, teachers_backward):
+for _each in (rows_forward, rows_backward, rows_fused, teachers_forward, teachers_backward, teachers_entropy):
     _over_a_batch(_each)

@@ -18,7 +18,7 @@ _CHOICES = {
     "vocab_mismatch": get_args(VocabMismatch),
 }
 _NUMBERS = ("temperature", "teacher_temperature", "alpha", "hard_weight", "label_smoothing")
-_SWITCHES = ("t2_scaling", "soft_on_ignored", "shift", "inplace", "return_parts")
+_SWITCHES = ("t2_scaling", "soft_on_ignored", "shift", "inplace", "return_parts", "entropies")
 
 
 _INFINITY = float("inf")
@@ -43,6 +43,7 @@ class KDOptions:
     vocab_mismatch: VocabMismatch = "error"
     inplace: bool = False
     return_parts: bool = False
+    entropies: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -77,6 +78,8 @@ class KDOptions:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {described(getattr(self, name))}")
+        if self.entropies and not self.return_parts:
+            raise ValueError("entropies=True needs return_parts=True: they are two of the parts")
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a string, got {described(self.backend)}")
 

@@ -190,8 +190,8 @@ def rows_forward(
         total = stats[:, STUDENT_SUM].to(exact) + stats[:, LOG_RATIO].to(exact)
         rest = stats[:, TEACHER_MAX].to(exact) / options.temperature + total.log()
         x = torch.where(slots.filled, _logits_at(student, slots) / options.temperature, -torch.inf)
-        no_others = slots.filled.sum(-1) == student.shape[-1]
-        value, gradient = _of_classes(x, rest, slots.log_p, no_others, kind, divergence)
+        log_p = _teachers_classes(slots, kind, student.shape[-1])
+        value, gradient = _of_classes(x, rest, log_p, kind, divergence)
         value = torch.where(in_range(targets, student.shape[-1]), value, torch.nan)
         soft = torch.where(targets == SKIP, 0.0, value).to(soft.dtype)
         slope = gradient.to(stats.dtype)
@@ -231,6 +231,13 @@ def rows_backward(
     instead = torch.where(slots.filled.any(-1, keepdim=True), values.gather(1, first).to(out.dtype), there)
     values = torch.where(slots.filled, values.to(out.dtype), instead)
     out.scatter_(-1, ids.reshape(shape), values.reshape(shape))
+
+
+def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:
+    slots = _slots(student, teacher)
+    slots = slots._replace(log_p=_checked(slots, targets, kind, student.shape[-1]))
+    value = entropy(_teachers_classes(slots, kind, student.shape[-1]))
+    return torch.where(targets == SKIP, 0.0, value).to(row_dtype(student))
 
 
 class _Slots(NamedTuple):
@@ -289,25 +296,25 @@ def _logits_at(student: Tensor, slots: _Slots) -> Tensor:
     return student.gather(-1, ids).reshape(slots.ids.shape).to(slots.log_p.dtype)
 
 
-def _of_classes(
-    x: Tensor, rest: Tensor, log_p: Tensor, no_others: Tensor, kind: str, divergence: Divergence
-) -> tuple[Tensor, Tensor]:
+def _teachers_classes(slots: _Slots, kind: str, columns: int) -> Tensor:
+    """log p of the classes, [N, k + 1]."""
+    log_sum = slots.log_p.logsumexp(-1, keepdim=True)
+    whole = torch.full_like(log_sum, kind != "truncate", dtype=torch.bool)
+    log_rest = torch.full_like(log_sum, -torch.inf)
+    if kind == "rest":
+        # With no other column, and where rounding makes their sum more than 1, p is divided by that.
+        whole = (slots.filled.sum(-1, keepdim=True) == columns) | (log_sum > 0)
+        log_rest = torch.where(whole, log_rest, (-log_sum.exp()).log1p())
+    return torch.cat([torch.where(whole, slots.log_p - log_sum, slots.log_p), log_rest], -1)
+
+
+def _of_classes(x: Tensor, rest: Tensor, log_p: Tensor, kind: str, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """The divergence [N], and its gradient [N, k + 1] in the logarithms of the student's masses: x [N, k] of the ids,
     -inf where empty, and `rest` [N] of all other columns."""
     if kind == "both":
         rest = torch.full_like(rest, -torch.inf)
     log_q = torch.cat([x, rest.unsqueeze(1)], -1)
     log_q = log_q - log_q.logsumexp(-1, keepdim=True)
-    log_sum = log_p.logsumexp(-1, keepdim=True)
-    log_rest = torch.full_like(log_sum, -torch.inf)
-    if kind == "rest":
-        # With no other column, and where rounding makes their sum more than 1, p is divided by that.
-        whole = no_others.unsqueeze(1) | (log_sum > 0)
-        log_rest = torch.where(whole, -torch.inf, (-log_sum.exp()).log1p())
-        log_p = torch.where(whole, log_p - log_sum, log_p)
-    elif kind != "truncate":
-        log_p = log_p - log_sum
-    log_p = torch.cat([log_p, log_rest], -1)
     p, q = log_p.exp(), log_q.exp()
     d = torch.where((p == 0) & (q == 0), 0.0, log_q - log_p)
     if kind == "truncate":

@@ -87,3 +87,9 @@ def rows_backward(
         backends.PREFERENCE[options.backend].rows_backward(rows, *vectors, out)
     else:
         verbs_of(kind).rows_backward(student, teacher, targets, *vectors, kind, options, out)
+
+
+def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:
+    """The entropy of each row's p, [N], 0 where it is skipped; not of logits (`fused_kd.entropies`)."""
+    result: Tensor = verbs_of(kind).rows_entropy(student, teacher, targets, kind, options)
+    return result

@@ -49,6 +49,18 @@ class RowOptions(NamedTuple):
     parameters: tuple[float, ...] = ()  # of the divergence
 
 
+def with_itself(options: RowOptions, temperature: float) -> RowOptions:
+    """For the cross entropy of rows with themselves, which is their entropy."""
+    return options._replace(
+        temperature=temperature,
+        teacher_temperature=temperature,
+        divergence="cross_entropy",
+        parameters=(),
+        soft=True,
+        hard=False,
+    )
+
+
 class LogitRows(NamedTuple):
     """What a verb works on. Rows are the positions of the logits [..., V] in row-major order."""
 

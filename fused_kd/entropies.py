@@ -1,0 +1,36 @@
+"""The entropies of student and teacher, to log beside the loss.
+
+That of logits is the cross entropy of a row with itself: one more visit of it by the row verbs.
+"""
+
+import torch
+from torch import Tensor
+
+from fused_kd import ops
+from fused_kd.backends.rows import RowOptions, with_itself
+from fused_kd.ensemble import ENSEMBLES
+from fused_kd.teachers import LOGITS, Teacher
+
+
+def row_entropies(
+    student: Tensor, teacher: Teacher, targets: Tensor, rows: RowOptions, symbolic: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """-sum q log q and -sum p log p, [N] each, at their temperatures, over the columns that the loss has; 0 in a row
+    that is skipped. `symbolic` is explained in `ops.py`."""
+    kind, tensors = teacher
+    logits = {LOGITS: tensors, **dict.fromkeys(ENSEMBLES, tensors[1:])}.get(kind, ())
+    columns = min(x.shape[-1] for x in (student, *logits))
+    of_student = _of_logits(student[..., :columns], targets, with_itself(rows, rows.temperature), symbolic, 0)
+    if kind == LOGITS:
+        rows = with_itself(rows, rows.teacher_temperature)
+        return of_student, _of_logits(tensors[0][..., :columns], targets, rows, symbolic, 1)
+    of_teacher: Tensor = ops.teachers_entropy(student, tensors, targets, kind, *rows, symbolic)
+    return of_student, of_teacher
+
+
+def _of_logits(logits: Tensor, targets: Tensor, rows: RowOptions, symbolic: Tensor | None, which: int) -> Tensor:
+    """`which` of the temperatures in `symbolic`."""
+    if symbolic is not None:
+        symbolic = torch.cat([symbolic[which : which + 1]] * 2 + [symbolic[2:3]])
+    soft: Tensor = ops.rows_forward(logits, logits, targets, *rows, symbolic)[0]
+    return soft
