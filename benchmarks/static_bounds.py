@@ -20,8 +20,9 @@ from machine_code import EXPONENTIALS, ITEMSIZE, Code, read_amd, read_cubin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fused_kd import divergences
 from fused_kd.backends import triton_kernels
-from fused_kd.backends.triton import Rows, Scalars, Switches, launch_for
+from fused_kd.backends.triton import PTX, Rows, Scalars, Switches, family_of, launch_for
 
 STORES = ("STG", "global_store", "buffer_store")
 
@@ -79,6 +80,26 @@ VARIANTS = {
     for kernel in ("forward", "backward", "fused")
     for name, switches in SWITCHES.items()
 }
+# The other divergences' soft terms: reverse KL in one sweep, the others' in a second one after the forward.
+DIVERGENCES: dict[str, divergences.Divergence] = {
+    "reverse KL": divergences.ReverseKL(),
+    "symmetric KL": divergences.SymmetricKL(),
+    "JSD": divergences.JSD(),
+    "JSD, 0.1": divergences.JSD(0.1),
+    "skew KL": divergences.SkewKL(),
+    "total variation": divergences.TotalVariation(),
+    "alpha": divergences.AlphaDivergence(0.5),
+    "alpha, 0.1": divergences.AlphaDivergence(0.1),
+    "alpha-beta": divergences.AlphaBeta(0.2, 0.7),
+    "logit MSE": divergences.LogitMSE(),
+}
+for _name, _divergence in DIVERGENCES.items():
+    _family = family_of(_divergence)
+    _switches = SWITCHES["soft term"]._replace(
+        soft=_family.soft, family=_family.family, second=_family.second, careful=_family.careful
+    )
+    for _kernel in ("sweep" if _family.second else "forward", "backward"):
+        VARIANTS[f"{_kernel}, {_name}"] = (_kernel, _switches)
 
 
 def compiled(
@@ -96,6 +117,9 @@ def compiled(
         switches = switches._replace(entropy=False)
     if student == "fp32" and "all options" not in variant:  # which include a temperature of the teacher's own
         switches = switches._replace(exact=True)
+    divergence = variant.partition(", ")[2]
+    of_family = family_of(DIVERGENCES[divergence]).numbers if divergence in DIVERGENCES else ()
+    switches = switches._replace(ptx=target.backend == "cuda" and switches.family in PTX)
     kernel = getattr(triton_kernels, name)
     launch = launch_for(columns, max(ITEMSIZE[student], ITEMSIZE[teacher]), target.warp_size)._replace(**overrides)
     if name != "backward":
@@ -115,7 +139,7 @@ def compiled(
         **dict.fromkeys(("soft", "hard", "stats", "parts"), "*fp32"),
         **dict.fromkeys(("vocabulary", "width"), "i32"),
         "sections": "constexpr" if whole else "i32",
-        "scalars": Scalars("fp32", "fp32", "fp32", "fp32"),
+        "scalars": Scalars("fp32", "fp32", "fp32", "fp32", ("fp32",) * len(of_family)),
         **dict.fromkeys(("SWITCHES", "LAUNCH", "WHOLE"), "constexpr"),
     }
     signature = {key: types[key] for key in kernel.arg_names}
@@ -152,7 +176,7 @@ def bound(code: Code, gpu: Gpu, bytes_per_pair: int) -> float:
 def bytes_per_pair(variant: str, dtype: str) -> int:
     """What moves to and from memory; the fused verb's second look at a row is taken to find it in the cache."""
     read = 1 if "hard term" in variant else 2
-    return ITEMSIZE[dtype] * (read + (not variant.startswith("forward")))
+    return ITEMSIZE[dtype] * (read + (not variant.startswith(("forward", "sweep"))))
 
 
 def triton_kernels_on(gpu: Gpu, columns: int) -> Iterator[tuple[str, str, Code]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_kd import KDLossOutput, SparseTeacher, fused_kd_loss
 from fused_kd.backends import PREFERENCE, refusal
 from fused_kd.backends.rows import SKIP, LogitRows, RowOptions
+from fused_kd.divergences import Divergence, ForwardKL
 from fused_kd.reference import hard_term, kd_loss, soft_term
 
 # The bounds of docs/design.md for a loss; those for a gradient are in gradient_bound.
@@ -198,11 +199,18 @@ def placed(x: Tensor, offset: int, gap: int) -> Tensor:
 PLACES = [((0, 0, 0), 1), ((5, 5, 5), None), ((0, 1, 0), None), ((3, 3, 0), 0), ((1, 6, 3), 2)]
 
 
-def check_where_rows_lie(backend: str, dtype: torch.dtype, teacher_dtype: torch.dtype | None, columns: int) -> None:
+def check_where_rows_lie(
+    backend: str,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype | None,
+    columns: int,
+    divergence: Divergence = ForwardKL(),  # noqa: B008
+) -> None:
     """The verbs agree with the reference, write the gradient's columns alone, and have the same bits wherever logits
     and gradient lie. Without a teacher's dtype there is no soft term."""
     verbs = PREFERENCE[backend]
-    options = RowOptions(2.0, 2.0, "forward_kl", 0.0, teacher_dtype is not None, True, backend)
+    soft_term_too = teacher_dtype is not None
+    options = RowOptions(2.0, 2.0, divergence.name, 0.0, soft_term_too, True, backend, divergence.parameters)
     student, teacher = make_logits("wide", 5, columns)
     student, teacher = student.to(dtype), teacher.to(teacher_dtype or dtype)
     labels, ones = torch.tensor([0, SKIP, min(5, columns - 1), columns // 2, columns - 1]), torch.ones(5)
@@ -222,7 +230,7 @@ def check_where_rows_lie(backend: str, dtype: torch.dtype, teacher_dtype: torch.
     exact, counted = student.double().requires_grad_(), labels != SKIP
     soft, hard = torch.zeros(2, 5, dtype=torch.float64)
     if options.soft:
-        taus = {"temperature": 2.0, "teacher_temperature": 2.0, "divergence": "forward_kl"}
+        taus: dict[str, Any] = {"temperature": 2.0, "teacher_temperature": 2.0, "divergence": divergence}
         soft = soft.index_put((counted,), soft_term(exact[counted], teacher[counted].double(), **taus))
     hard = hard.index_put((counted,), hard_term(exact[counted], labels[counted], label_smoothing=0.0))
     assert_loss(expected[0], soft.detach())

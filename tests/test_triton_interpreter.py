@@ -28,10 +28,24 @@ from support import (
     make_labels,
     make_logits,
 )
+from test_divergences import KINDS, ONE_OF_EACH, check_rows, gradient_error_bound
 
 from fused_kd import fused_kd_loss
 from fused_kd.backends import PREFERENCE
 from fused_kd.backends.rows import NO_LABEL, SKIP, LogitRows, RowOptions
+from fused_kd.divergences import (
+    JSD,
+    AlphaBeta,
+    AlphaDivergence,
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    LogitMSE,
+    ReverseKL,
+    SkewReverseKL,
+    SymmetricKL,
+    TotalVariation,
+)
 
 triton = pytest.importorskip("triton")
 if before(triton.__version__, 3, 7) and not before(np.__version__, 2, 4):
@@ -179,20 +193,30 @@ def test_a_bad_number_stays_in_its_row(column: int, who: int, what: float) -> No
     assert gradient[1].isfinite().all()
 
 
-def _rows(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) -> LogitRows:
-    return LogitRows(student, teacher, targets, RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "triton"))
+def _rows(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    targets: torch.Tensor,
+    divergence: Divergence = ForwardKL(),  # noqa: B008
+) -> LogitRows:
+    options = RowOptions(2.0, 2.0, divergence.name, 0.0, True, True, "triton", divergence.parameters)
+    return LogitRows(student, teacher, targets, options)
 
 
 @interpreted
-@pytest.mark.parametrize("columns", [V, LONG])
-def test_what_a_gpu_does_with_other_targets(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("columns", "divergence"), [(V, ForwardKL()), (LONG, ForwardKL()), (600, JSD()), (LONG, LogitMSE())]
+)
+def test_what_a_gpu_does_with_other_targets(
+    columns: int, divergence: Divergence, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Skipped rows are not read, a label out of range is NaN in its row: on a GPU nobody can raise."""
     backend: Any = PREFERENCE["triton"]
     monkeypatch.setattr(backend, "check_targets", lambda *_: None)
     student, teacher = make_logits("wide", 6, columns)
     student[1] = teacher[1] = float("nan")
     targets = torch.tensor([3, SKIP, NO_LABEL, columns, -5, 2**40])
-    soft, hard, stats = backend.rows_forward(_rows(student, teacher, targets))
+    soft, hard, stats = backend.rows_forward(_rows(student, teacher, targets, divergence))
     for values in (soft, hard):
         assert values.isnan().tolist() == [False, False, False, True, True, True]
         assert values[1] == 0
@@ -200,7 +224,7 @@ def test_what_a_gpu_does_with_other_targets(columns: int, monkeypatch: pytest.Mo
     # Skipped rows are not even addressed: the gradient may be written over them all the same.
     out = torch.empty(6, columns + 3)
     wide = torch.cat([student, torch.zeros(6, 3)], 1)
-    backend.rows_backward(_rows(wide, teacher, targets), stats, torch.ones(1).expand(6), torch.ones(6), out)
+    backend.rows_backward(_rows(wide, teacher, targets, divergence), stats, torch.ones(1).expand(6), torch.ones(6), out)
     assert out[:, columns:].eq(0).all()
     assert out[1].eq(0).all()
     assert out[:3, :columns].isfinite().all()
@@ -208,14 +232,15 @@ def test_what_a_gpu_does_with_other_targets(columns: int, monkeypatch: pytest.Mo
 
 
 @interpreted
-def test_fused_is_forward_and_backward() -> None:
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), JSD(), LogitMSE()], ids=repr)
+def test_fused_is_forward_and_backward(divergence: Divergence) -> None:
     backend = PREFERENCE["triton"]
     student, teacher = make_logits("wide", 2, LONG)
     targets, coefficients = torch.tensor([19999, NO_LABEL]), (torch.tensor([0.5, 2.0]), torch.tensor([1.0, 3.0]))
     expected, out = torch.empty_like(student), torch.empty_like(student)
-    soft, hard, stats = backend.rows_forward(_rows(student, teacher, targets))
-    backend.rows_backward(_rows(student, teacher, targets), stats, *coefficients, expected)
-    fused = backend.rows_fused(_rows(student, teacher, targets), *coefficients, out)
+    soft, hard, stats = backend.rows_forward(_rows(student, teacher, targets, divergence))
+    backend.rows_backward(_rows(student, teacher, targets, divergence), stats, *coefficients, expected)
+    fused = backend.rows_fused(_rows(student, teacher, targets, divergence), *coefficients, out)
     assert torch.equal(fused[0], soft)
     assert torch.equal(fused[1], hard)
     assert torch.equal(out, expected)
@@ -249,3 +274,103 @@ def test_bits_do_not_depend_on_where_rows_lie(
     dtype: torch.dtype, teacher_dtype: torch.dtype | None, columns: int
 ) -> None:
     check_where_rows_lie("triton", dtype, teacher_dtype, columns)
+
+
+# Every other divergence. test_divergences.py has more, and runs on these kernels with TRITON_INTERPRET=1.
+OTHERS = [kind for kind in KINDS if not isinstance(kind, (ForwardKL, CrossEntropy))]
+
+
+@interpreted
+@pytest.mark.parametrize("divergence", OTHERS, ids=repr)
+def test_a_divergence(divergence: Divergence) -> None:
+    pairs = [make_logits(kind, 1, 600) for kind in ("close", "wide", "peaked", "big")]
+    student, teacher = (torch.cat(logits) for logits in zip(*pairs, strict=True))
+    check_rows(student, teacher, divergence, 1.5, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", [ReverseKL(), SymmetricKL(), AlphaBeta(2.0, 3.0), LogitMSE()], ids=repr)
+def test_a_divergence_of_several_sections(divergence: Divergence, dtype: torch.dtype) -> None:
+    student, teacher = (x.to(dtype) for x in make_logits("close", 1, LONG))
+    check_rows(student, teacher, divergence, 4.0, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("divergence", [ReverseKL(), SkewReverseKL(), AlphaDivergence(0.5), LogitMSE(False)], ids=repr)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 2.7, "label_smoothing": 0.1},
+        {"temperature": 1.5, "teacher_temperature": 3.5},
+        {"vocab_mismatch": "truncate", "inplace": True},
+    ],
+    ids=str,
+)
+def test_a_divergence_with_the_options(options: dict[str, Any], divergence: Divergence) -> None:
+    student, teacher = make_logits("wide", 3, 500)
+    teacher = teacher[:, :470].half() if "vocab_mismatch" in options else teacher
+    labels = torch.tensor([3, -100, 469])
+    loss, gradient, expected, exact = both(
+        student, teacher, labels, divergence=divergence, alpha=0.6, soft_on_ignored=True, backend="triton", **options
+    )
+    assert_loss(loss, expected)
+    assert (gradient.double() - exact).norm() <= 5e-6 * exact.norm()
+
+
+@interpreted
+@pytest.mark.parametrize("divergence", [*ONE_OF_EACH[2:], SymmetricKL(1.0), AlphaDivergence(0.1)], ids=repr)
+def test_minus_infinity_of_a_divergence(divergence: Divergence) -> None:
+    """In the teacher, in the student, in both."""
+    student, teacher = make_logits("wide", 3, 300)
+    teacher[::2, ::3] = student[1:, ::3] = -INF
+    options: dict[str, Any] = {"alpha": 1.0, "reduction": "none", "temperature": 1.0, "t2_scaling": False}
+    loss, gradient, expected, exact = both(student, teacher, None, divergence=divergence, backend="triton", **options)
+    of_q = divergence in (ReverseKL(), SymmetricKL())
+    assert (loss == INF).tolist() == [of_q, isinstance(divergence, SymmetricKL), False]
+    assert_loss(loss, expected)
+    bound = gradient_error_bound(student, exact, divergence, 1.0, expected)
+    for row in range(3):
+        if loss[row] < INF:
+            assert (gradient[row].double() - exact[row]).norm() <= bound[row]
+    assert gradient[0].isnan().all() if of_q else gradient[0].isfinite().all()
+    assert gradient[1:].isfinite().all()
+    assert (gradient[2, ::3] == 0).all()
+
+
+@interpreted
+@pytest.mark.parametrize("divergence", [ReverseKL(), TotalVariation(), JSD(), LogitMSE()], ids=repr)
+def test_a_bad_number_of_a_divergence_stays_in_its_row(divergence: Divergence) -> None:
+    logits = make_logits("wide", 5, 300)
+    for row, (who, what) in enumerate([(0, float("nan")), (1, float("nan")), (0, INF), (1, INF)]):
+        logits[who][row, 7] = what
+    student = logits[0].requires_grad_()
+    loss = fused_kd_loss(student, logits[1], alpha=1.0, divergence=divergence, reduction="none", backend="triton")
+    assert isinstance(loss, torch.Tensor)
+    assert loss.isnan().tolist() == [True] * 4 + [False]
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert gradient[:4].isnan().all()
+    assert gradient[4].isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("divergence", [ReverseKL(), JSD(), AlphaDivergence(0.3), LogitMSE(False)], ids=repr)
+def test_one_column_and_the_same_logits(divergence: Divergence) -> None:
+    student, teacher = make_logits("wide", 3, 1)
+    check_rows(student, teacher, divergence, 2.0, "triton")
+    student, _ = make_logits("wide", 1, 300)
+    loss, gradient, _, _ = both(student, student.clone(), None, alpha=1.0, divergence=divergence, backend="triton")
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("divergence", "dtype", "teacher_dtype", "columns"),
+    [(JSD(), torch.float32, torch.float32, 97), (LogitMSE(), torch.bfloat16, torch.float16, 600)],
+    ids=str,
+)
+def test_bits_of_a_divergence_do_not_depend_on_where_rows_lie(
+    divergence: Divergence, dtype: torch.dtype, teacher_dtype: torch.dtype, columns: int
+) -> None:
+    check_where_rows_lie("triton", dtype, teacher_dtype, columns, divergence)

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_kd import KDLossOutput, autograd, functional, fused_kd_loss
 from fused_kd.backends import PREFERENCE
 from fused_kd.backends.rows import LogitRows, RowOptions
-from fused_kd.backends.triton import Launch, launch_for
+from fused_kd.backends.triton import Launch, family_of, launch_for
+from fused_kd.divergences import DIVERGENCES, JSD, AlphaBeta, AlphaDivergence, SkewKL, SymmetricKL
 
 OPTIONS = RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "triton")
+KERNELS = ("forward", "finish", "sweep", "finish_sweep", "backward", "fused")
 
 
 def test_the_package_imports_without_triton() -> None:
@@ -61,6 +63,20 @@ def test_sections_do_not_depend_on_rows_or_alignment() -> None:
     assert launch_for(151936, 2, 32) == Launch(2, 256, 8, 8, 1, 16384)
 
 
+def test_what_the_compiler_knows_of_a_divergence() -> None:
+    assert family_of(SymmetricKL(1.0)) == family_of(DIVERGENCES["forward_kl"]())
+    assert family_of(SymmetricKL(0.0)).family == "reverse_kl"
+    assert family_of(JSD(0.3)).family == "jensen_shannon"
+    assert family_of(SkewKL()).family == "mixture"
+    assert family_of(AlphaDivergence(0.3)).family == "alpha"
+    assert family_of(AlphaBeta(0.5, 0.75)).family == "alpha_beta"
+    # A parameter that is annealed compiles nothing again, but where the careful formulas begin.
+    of_jsd = {family_of(JSD(beta))._replace(numbers=()) for beta in (0.4, 0.5, 0.6, 0.7)}
+    assert len(of_jsd) == 1
+    assert [family_of(JSD(beta)).careful for beta in (0.5, 0.1, 0.9)] == [False, True, True]
+    assert [family_of(AlphaDivergence(alpha)).careful for alpha in (0.5, 0.1, 0.9)] == [False, True, True]
+
+
 class Watched(RuntimeError):
     """Something that a GPU would have to wait for, or a copy of the logits."""
 
@@ -102,7 +118,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kwargs: names.append(self.name)
 
-    kernels = {name: Kernel(name) for name in ("forward", "finish", "backward", "fused")}
+    kernels = {name: Kernel(name) for name in KERNELS}
     monkeypatch.setattr(backend, "_kernels", lambda: SimpleNamespace(**kernels, PARTS=SimpleNamespace(value=9)))
     monkeypatch.setattr(backend, "_warp", lambda device: 32)
     monkeypatch.setattr(backend, "_multiprocessors", lambda device: 8)
@@ -116,8 +132,11 @@ def meta_logits(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "logit_mse"])
 @pytest.mark.parametrize("columns", [1000, 40000])
-def test_a_launch_allocates_its_results_and_does_nothing_else(columns: int, launched: list[str]) -> None:
+def test_a_launch_allocates_its_results_and_does_nothing_else(
+    columns: int, divergence: str, launched: list[str]
+) -> None:
     backend = PREFERENCE["triton"]
     wide = meta_logits(3, 2, 2 * columns)
     student, teacher = wide[..., :columns], wide[..., columns:]
@@ -125,7 +144,8 @@ def test_a_launch_allocates_its_results_and_does_nothing_else(columns: int, laun
     out = meta_logits(3, 2, columns)
     many = torch.zeros(10, dtype=torch.int64, device="meta")
     rows, rows_out = meta_logits(10, columns), meta_logits(10, columns)
-    few, enough = LogitRows(student, teacher, targets, OPTIONS), LogitRows(rows, rows, many, OPTIONS)
+    options = OPTIONS._replace(divergence=divergence, parameters=DIVERGENCES[divergence]().parameters)
+    few, enough = LogitRows(student, teacher, targets, options), LogitRows(rows, rows, many, options)
     with Watch(columns) as watch:
         _, _, stats = backend.rows_forward(few)
         backend.rows_backward(few, stats, grad, grad, out)
@@ -133,7 +153,9 @@ def test_a_launch_allocates_its_results_and_does_nothing_else(columns: int, laun
         backend.rows_fused(few, grad, grad, out)  # too few rows for one program each
         backend.rows_fused(enough, grad[:1].expand(10), grad[:1].expand(10), rows_out)
     assert watch.allocated == []
-    forward = ["forward"] if columns < 16384 else ["forward", "finish"]
+    forward = ["forward"]
+    if columns > 16384:  # several sections
+        forward += ["finish"] if divergence in ("forward_kl", "reverse_kl") else ["finish", "sweep", "finish_sweep"]
     assert launched == [*forward, "backward", "backward", *forward, "backward", "fused"]
 
 
@@ -145,6 +167,7 @@ LOSSES: list[dict[str, Any]] = [
     {"num_items": 7.0, "return_parts": True},
     {"reduction": "sum", "label_smoothing": 0.1},
     {"reduction": "batchmean", "divergence": "cross_entropy"},
+    {"divergence": "jsd"},
     {"reduction": "none", "teacher_temperature": 1.0},
     {"alpha": 1.0, "labels": None},
     {"alpha": 0.0},

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends.rows import STATS, LogitRows, RowOptions, check_targets, lacks
+from fused_kd.backends.rows import STATS, LogitRows, RowOptions, check_targets
+from fused_kd.divergences import Divergence, LogitMSE, ReverseKL, with_parameters
+from fused_kd.families import AlphaBetaFamily, Linear, Mixture, Variation, kernel_numbers
 from fused_kd.native import leading_layout
 
 NAME = "triton"
@@ -47,18 +49,23 @@ class Scalars(NamedTuple):
     k_t: float
     unit: float  # of the soft term's gradient: 1 / tau
     smoothing: float
+    family: tuple[float, ...] = ()  # the divergence's numbers, as `triton_families.py` takes them
 
 
 class Switches(NamedTuple):
-    """Which terms there are, and by which formulas `triton_exponents.py` computes them."""
+    """Which terms there are, and by which formulas `triton_exponents.py` and `triton_families.py` compute them."""
 
-    soft: bool
+    soft: bool  # the sums of KL
     hard: bool
     entropy: bool
     smoothed: bool
     exact: bool
     root: int
     power: int
+    family: str = ""  # of divergences; "" for forward KL and cross entropy
+    second: bool = False  # it needs a second sweep
+    careful: bool = False  # its parameters are so far apart that its expressions lose digits
+    ptx: bool = False  # the GPU takes NVIDIA's instructions
 
 
 class Launch(NamedTuple):
@@ -88,6 +95,8 @@ _TABLE = (
     (_MAX_COLUMNS, (256, 16, 16384)),
 )
 _VECTOR_BYTES = 16
+# The families whose kernels have instructions of their own for NVIDIA.
+PTX = ("mixture", "jensen_shannon")
 # Fused multiply-adds where the kernels say so, and nowhere else: what rounds a reference for the logits has to round it
 # in the same way where a sum moves from that reference to the next, or the sum is off by an ulp of the logits' size.
 ROUNDING = {"enable_fp_fusion": False}
@@ -122,7 +131,7 @@ def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
             return f"{name} has more than {_MAX_DIMS} separately strided dimensions; the torch backend takes it"
         if logits.shape[-1] > _MAX_COLUMNS:
             return f"{name} has more than {_MAX_COLUMNS} columns; the torch backend takes it"
-    return lacks(divergence)
+    return None
 
 
 @functools.cache
@@ -163,15 +172,19 @@ def rows_forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
         return soft, hard, stats
     launch = _launch(columns, student, teacher)
     sections, kernels = -(-columns // launch.section), _kernels()
+    switches = _switches(options, student)
     parts = student.new_empty((number, sections, kernels.PARTS.value) if sections > 1 else 0, dtype=torch.float32)
     arguments = (
         _rows(student), _rows(teacher), _numbers(targets), soft, hard, stats, parts, columns, sections,
-        _scalars(options, columns), _switches(options, student.dtype),
+        _scalars(options, columns), switches,
     )  # fmt: skip
     with _on(student.device):
         kernels.forward[(number * sections,)](*arguments, launch, sections == 1, **launch.options)
         if sections > 1:
             kernels.finish[(number,)](*arguments, num_warps=1, **ROUNDING)
+            if switches.second:
+                kernels.sweep[(number * sections,)](*arguments, launch, **launch.options)
+                kernels.finish_sweep[(number,)](*arguments, num_warps=1, **ROUNDING)
     return soft, hard, stats
 
 
@@ -182,7 +195,7 @@ def rows_backward(rows: LogitRows, stats: Tensor, grad_soft: Tensor, grad_hard: 
         return
     launch = _launch(columns, student, teacher, out)._replace(shifted=False)  # it aligns its columns itself
     sections = -(-columns // launch.section)
-    switches = _switches(options, student.dtype)._replace(entropy=False)  # of the teacher: no matter to the student
+    switches = _switches(options, student)._replace(entropy=False)  # of the teacher: no matter to the student
     with _on(student.device):
         _kernels().backward[(number * sections,)](
             _rows(student),
@@ -228,7 +241,7 @@ def rows_fused(rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tenso
             out.shape[-1],
             sections,
             _scalars(options, columns),
-            _switches(options, student.dtype),
+            _switches(options, student),
             launch,
             sections == 1,
             **launch.options,
@@ -243,24 +256,78 @@ def _temperatures(options: RowOptions) -> tuple[float, float]:
 
 def _scalars(options: RowOptions, columns: int) -> Scalars:
     temperature, teacher_temperature = _temperatures(options)
+    family = _family(options)
     # In one column both probabilities are 1, whatever the last bit says.
-    unit = 0.0 if columns == 1 else 1 / temperature
+    unit = 0.0 if columns == 1 and family.soft else 1 / temperature
     log2e = math.log2(math.e)
-    return Scalars(log2e / temperature, log2e / teacher_temperature, unit, options.label_smoothing)
+    return Scalars(log2e / temperature, log2e / teacher_temperature, unit, options.label_smoothing, family.numbers)
 
 
-def _switches(options: RowOptions, student: torch.dtype) -> Switches:
+def _switches(options: RowOptions, student: Tensor) -> Switches:
     temperature, teacher_temperature = _temperatures(options)
     root, power = _POWERS.get(temperature, (1, 0)) if options.hard else (1, 1)
+    family, sums, second, careful, _ = _family(options)
     return Switches(
-        options.soft,
+        options.soft and sums,
         options.hard,
         entropy=options.soft and options.divergence == "cross_entropy",
         smoothed=options.hard and options.label_smoothing > 0,
-        exact=student == torch.float32 and teacher_temperature == temperature,
+        exact=student.dtype == torch.float32 and teacher_temperature == temperature,
         root=root,
         power=power,
+        family=family,
+        second=second,
+        careful=careful,
+        ptx=family in PTX and student.is_cuda and torch.version.hip is None,
     )
+
+
+class _Family(NamedTuple):
+    """What Switches and Scalars have of a divergence."""
+
+    family: str = ""
+    soft: bool = True
+    second: bool = False
+    careful: bool = False
+    numbers: tuple[float, ...] = ()
+
+
+def _family(options: RowOptions) -> _Family:
+    return family_of(with_parameters(options.divergence, options.parameters)) if options.soft else _Family()
+
+
+@functools.lru_cache(maxsize=64)
+def family_of(divergence: Divergence) -> _Family:
+    """The one place that says how the kernels compute a divergence."""
+    match divergence:
+        case ReverseKL():
+            return _Family("reverse_kl")
+        case LogitMSE():
+            return _Family("logit_mse", soft=False, second=True, numbers=divergence.parameters)
+    family = divergence.family
+    careful = False
+    match family:
+        case None | Linear(forward=1.0):
+            return _Family()
+        case Linear(forward=0.0):
+            return _Family("reverse_kl")
+        case Linear():
+            name = "linear"
+        case Mixture(share, of_p, of_q):
+            level = of_p * (1 - share) - of_q * share
+            name = "mixture" if abs(level) > 1e-12 else "jensen_shannon"
+            # Each logarithm is off by up to 2^-22, that is of_p + exp(d) of_q of them in v, and v / p about this times
+            # d^2 / 2. At the reach, 6 is where the one comes to 1e-5 of the other.
+            curvature = of_p * (1 - share) ** 2 + of_q * share**2
+            careful = of_p + math.exp(family.reach) * of_q > 6 * curvature
+        case AlphaBetaFamily(a, b):
+            name = "alpha" if abs(a + b - 1) < 1e-9 else "alpha_beta"
+            careful = a * b < 0.15 * (a + b) ** 2  # where a p^k + b q^k - k p^a q^b cancels
+        case Variation():
+            return _Family("variation", second=True)
+        case _:
+            raise TypeError(f"the Triton kernels do not have {family}")
+    return _Family(name, True, True, careful, kernel_numbers(family))
 
 
 def _launch(columns: int, student: Tensor, teacher: Tensor, *out: Tensor) -> Launch:

@@ -1,8 +1,9 @@
 """The kernels of the Triton backend: how a row's logits reach `triton_math.py`, and its results memory.
 
 `triton.py` launches them: `forward` and `backward` with a program for each section of a row, `finish` where a row has
-several sections, and `fused` with a program for each row. It has the named tuples of their arguments, too: `Rows`,
-`Scalars`, and what the compiler knows, `Switches` and `Launch`.
+several sections, and `fused` with a program for each row. A divergence that needs a second sweep has it in `forward`
+and `fused`, but where a row has several sections in `sweep` and `finish_sweep`, after `finish`. `triton.py` has the
+named tuples of their arguments, too: `Rows`, `Scalars`, and what the compiler knows, `Switches` and `Launch`.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,16 @@ import triton
 import triton.language as tl
 
 from fused_kd.backends import rows
+from fused_kd.backends.triton_families import (
+    SUMS,
+    extended_sums,
+    finished_sums,
+    joined_sums,
+    measured,
+    merged_sums,
+    no_sums,
+    sums_of,
+)
 from fused_kd.backends.triton_math import (
     PARTS,
     Part,
@@ -107,27 +118,42 @@ def readers(
 
 
 @triton.jit
-def with_tile(
-    part, own, both, start, within, row, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.constexpr, EDGE: tl.constexpr,
-    KEPT: tl.constexpr,
-):  # fmt: skip
-    """The lanes' parts and centres with the tile from column `start` on. `both`: the readers."""
-    s = tile_of(both[0], start, row.vocabulary, LAUNCH.groups, LAUNCH.vector, EDGE, KEPT)
-    t = tile_of(both[1], start, row.vocabulary, LAUNCH.groups, LAUNCH.vector, EDGE, KEPT) if SWITCHES.soft else s
-    return extended(part, own, s, t, start + within, row.vocabulary, row.label, scalars, SWITCHES, EDGE)
+def no_part(like, scalars, SWITCHES: tl.constexpr):
+    part = nothing(like)
+    return part, centre(part.point_s, part.point_t, scalars, SWITCHES)
 
 
 @triton.jit
-def section_part(row, section, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.constexpr, KEPT: tl.constexpr):
-    """What one section of a row comes to."""
+def with_tile(
+    state, both, start, within, row, at, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.constexpr, EDGE: tl.constexpr,
+    KEPT: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """The lanes' state with the tile from column `start` on. `both`: the readers."""
+    BOTH: tl.constexpr = SWITCHES.soft or SECOND
+    s = tile_of(both[0], start, row.vocabulary, LAUNCH.groups, LAUNCH.vector, EDGE, KEPT)
+    t = tile_of(both[1], start, row.vocabulary, LAUNCH.groups, LAUNCH.vector, EDGE, KEPT) if BOTH else s
+    if SECOND:
+        state = extended_sums(state, s, t, at, scalars, SWITCHES)
+    else:
+        state = extended(state[0], state[1], s, t, start + within, row.vocabulary, row.label, scalars, SWITCHES, EDGE)
+    return state
+
+
+@triton.jit
+def swept(
+    row, section, at, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.constexpr, KEPT: tl.constexpr,
+    SECOND: tl.constexpr,
+):  # fmt: skip
+    """What the lanes make of one section of a row: their parts and centres or, in the SECOND sweep, their sums. There
+    `at` makes p and q of logits."""
     LANES: tl.constexpr = LAUNCH.lanes  # (In a list, Triton 3.6 wants a name.)
     TILE: tl.constexpr = LAUNCH.groups * LANES * LAUNCH.vector
     first = section * LAUNCH.section
     last = section == row.sections - 1
     head, plain, labelled, edges, whole = section_tiles(first, 0, row.vocabulary, last, row.label, LAUNCH.section, TILE)
     within = tile_columns(0, LAUNCH.groups, LANES, LAUNCH.vector)
-    part = nothing(tl.zeros([LANES], tl.float32))
-    own = centre(part.point_s, part.point_t, scalars, SWITCHES)
+    none = tl.zeros([LANES], tl.float32)
+    state = no_sums(none, SWITCHES) if SECOND else no_part(none, scalars, SWITCHES)
     # Where rows lie alike, there is a loop for each half of 16 bytes that they may begin in, and all but one are empty:
     # a choice between registers would cost an instruction a pair.
     HALVES: tl.constexpr = LAUNCH.shifted and LAUNCH.alike and row.student.dtype == row.teacher.dtype
@@ -136,22 +162,49 @@ def section_part(row, section, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.const
         here = tl.where(half_of(row.student) == HALF, plain, 0) if HALVES else plain
         for i in range(first, first + here, TILE):
             start = tl.where(i == first + labelled, first + plain, i)
-            part, own = with_tile(part, own, both, start, within, row, scalars, SWITCHES, LAUNCH, False, KEPT)
+            state = with_tile(state, both, start, within, row, at, scalars, SWITCHES, LAUNCH, False, KEPT, SECOND)
     both = readers(row.student, row.teacher, LANES, LAUNCH.vector, LAUNCH.shifted)
     for i in range(edges):
         start = first + edge_tile(i, head, labelled, whole)
-        part, own = with_tile(part, own, both, start, within, row, scalars, SWITCHES, LAUNCH, True, KEPT)
-    return merged(part, own, scalars, SWITCHES)
+        state = with_tile(state, both, start, within, row, at, scalars, SWITCHES, LAUNCH, True, KEPT, SECOND)
+    return state
+
+
+@triton.jit
+def section_part(row, section, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.constexpr, KEPT: tl.constexpr):
+    """What one section of a row comes to."""
+    if SWITCHES.soft or SWITCHES.hard:
+        part, own = swept(row, section, (), scalars, SWITCHES, LAUNCH, KEPT, SECOND=False)
+        part = merged(part, own, scalars, SWITCHES)
+    else:
+        part = nothing(scalars.smoothing)
+    return part
+
+
+@triton.jit
+def section_sums(row, section, stats, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.constexpr, KEPT: tl.constexpr):
+    """What one section of a row comes to in the second sweep."""
+    at = measured(stats, scalars, SWITCHES)
+    return merged_sums(swept(row, section, at, scalars, SWITCHES, LAUNCH, KEPT, SECOND=True), SWITCHES)
+
+
+@triton.jit
+def finish_sums(sums, stats, row, kl, scalars, soft, SWITCHES: tl.constexpr):
+    """Writes the soft term of a divergence that needs a second sweep; gives the row's stats. `kl`: the first one's."""
+    value, growth, top = finished_sums(sums, measured(stats, scalars, SWITCHES), row.vocabulary, kl, SWITCHES)
+    tl.store(soft + row.index, value)
+    point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, _, _ = stats
+    return Stats(point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, growth, top)
 
 
 @triton.jit
 def finish_row(part, row, scalars, soft, hard, SWITCHES: tl.constexpr):
-    """Writes the row's terms; gives its stats."""
+    """Writes the row's terms; gives its stats, and the soft one."""
     zero = part.point_s * 0.0
-    soft_value, student_sum, teacher_sum, log_ratio = zero, zero, zero, zero
+    soft_value, student_sum, teacher_sum, log_ratio, top = zero, zero, zero, zero, zero
     hard_value, hard_sum, miss = zero, zero, zero
     if SWITCHES.soft:
-        soft_value, student_sum, teacher_sum, log_ratio = finished_soft(part, scalars, SWITCHES)
+        soft_value, student_sum, teacher_sum, log_ratio, top = finished_soft(part, scalars, SWITCHES)
         # In one column both probabilities are 1, whatever the last bit says. (NaN stays.)
         soft_value *= tl.where((row.vocabulary == 1) & (soft_value < 1), 0.0, 1.0)
     if SWITCHES.hard:
@@ -160,7 +213,8 @@ def finish_row(part, row, scalars, soft, hard, SWITCHES: tl.constexpr):
             hard_value, hard_sum, miss = finished_hard(part, logit, row.vocabulary, scalars, SWITCHES)
     tl.store(soft + row.index, soft_value)
     tl.store(hard + row.index, hard_value)
-    return Stats(part.point_s, part.point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, zero, zero)
+    stats = Stats(part.point_s, part.point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, zero, top)
+    return stats, soft_value
 
 
 @triton.jit
@@ -211,7 +265,11 @@ def forward(
         row = row_of(index, target, student, teacher, vocabulary, sections, SWITCHES)
         part = section_part(row, section, scalars, SWITCHES, LAUNCH, KEPT=False)
         if WHOLE:
-            store_all(at, finish_row(part, row, scalars, soft, hard, SWITCHES))
+            kept, kl = finish_row(part, row, scalars, soft, hard, SWITCHES)
+            if SWITCHES.second:
+                sums = section_sums(row, section, kept, scalars, SWITCHES, LAUNCH, KEPT=False)
+                kept = finish_sums(sums, kept, row, kl, scalars, soft, SWITCHES)
+            store_all(at, kept)
         else:
             store_all(parts + tl.program_id(0).to(tl.int64) * PARTS, part)
     elif WHOLE:
@@ -243,9 +301,65 @@ def finish(
         for section in range(sections):
             next_part = Part(*load_all(parts + section * PARTS, PARTS))
             part = joined(part, next_part, scalars, SWITCHES)
-        store_all(at, finish_row(part, row, scalars, soft, hard, SWITCHES))
+        kept, _ = finish_row(part, row, scalars, soft, hard, SWITCHES)
+        store_all(at, kept)
     else:
         store_all(at, finish_unread_row(index, target, soft, hard))
+
+
+@triton.jit
+def sweep(
+    student,
+    teacher,
+    targets,
+    soft,
+    hard,
+    stats,
+    parts,
+    vocabulary,
+    sections,
+    scalars,
+    SWITCHES: tl.constexpr,
+    LAUNCH: tl.constexpr,
+):
+    """The second sweep over one section of one row that `finish` has finished."""
+    index = tl.program_id(0) // sections
+    section = tl.program_id(0) % sections
+    target = tl.load(row_start(targets, index))
+    if readable(target, vocabulary):
+        row = row_of(index, target, student, teacher, vocabulary, sections, SWITCHES)
+        kept = Stats(*load_all(stats + index.to(tl.int64) * STATS, STATS))
+        sums = section_sums(row, section, kept, scalars, SWITCHES, LAUNCH, KEPT=False)
+        store_all(parts + tl.program_id(0).to(tl.int64) * SUMS, sums)
+
+
+@triton.jit
+def finish_sweep(
+    student,
+    teacher,
+    targets,
+    soft,
+    hard,
+    stats,
+    parts,
+    vocabulary,
+    sections,
+    scalars,
+    SWITCHES: tl.constexpr,
+):
+    """Puts the sections of a row together, from left to right."""
+    index = tl.program_id(0)
+    target = tl.load(row_start(targets, index))
+    at = stats + index.to(tl.int64) * STATS
+    if readable(target, vocabulary):
+        row = row_of(index, target, student, teacher, vocabulary, sections, SWITCHES)
+        kept = Stats(*load_all(at, STATS))
+        parts += index.to(tl.int64) * sections * SUMS
+        sums = no_sums(kept.point_s, SWITCHES)
+        for section in range(sections):
+            next_sums = sums_of(load_all(parts + section * SUMS, SUMS), SWITCHES)
+            sums = joined_sums(sums, next_sums, SWITCHES)
+        store_all(at, finish_sums(sums, kept, row, tl.load(soft + index), scalars, soft, SWITCHES))
 
 
 @triton.jit
@@ -256,7 +370,8 @@ def tile_gradient(
     """The gradient of the vectors from `start` on. `both`: the readers."""
     FINE: tl.constexpr = both[0][0].dtype.element_ty == tl.float32
     s = loaded(both[0], start, begin, end, VECTOR, EDGE, False)
-    t = loaded(both[1], start, begin, end, VECTOR, EDGE, False) if SWITCHES.soft else s
+    BOTH: tl.constexpr = SWITCHES.soft or SWITCHES.family != ""
+    t = loaded(both[1], start, begin, end, VECTOR, EDGE, False) if BOTH else s
     return gradient(s, t, start + within, label, coefficients, scalars, SWITCHES, FINE, EDGE)
 
 
@@ -380,7 +495,14 @@ def fused(
             for section in range(sections):
                 next_part = section_part(row, section, scalars, SWITCHES, LAUNCH, KEPT=True)
                 part = joined(part, next_part, scalars, SWITCHES)
-        stats = finish_row(part, row, scalars, soft, hard, SWITCHES)
+        stats, kl = finish_row(part, row, scalars, soft, hard, SWITCHES)
+        if SWITCHES.second:
+            sums = section_sums(row, 0, stats, scalars, SWITCHES, LAUNCH, KEPT=True)
+            if not WHOLE:
+                for section in range(1, sections):
+                    next_sums = section_sums(row, section, stats, scalars, SWITCHES, LAUNCH, KEPT=True)
+                    sums = joined_sums(sums, next_sums, SWITCHES)
+            stats = finish_sums(sums, stats, row, kl, scalars, soft, SWITCHES)
         coefficients = coefficients_of(stats, index, target, coef_soft, coef_hard, vocabulary, scalars, SWITCHES)
         for i in range(sections):
             section_gradient(row, out_row, sections - 1 - i, coefficients, scalars, SWITCHES, LAUNCH)

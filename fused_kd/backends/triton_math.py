@@ -30,6 +30,7 @@ from fused_kd.backends.triton_exponents import (
     teacher_exponent,
     unlagged,
 )
+from fused_kd.backends.triton_families import measured, slope
 
 # The maximum of nothing, finite on every scale. A counted row with no logit above it is one of -inf.
 LOWEST = tl.constexpr(-1e28)
@@ -40,7 +41,8 @@ REACH = tl.constexpr(60.0)
 class Part(NamedTuple):
     """What has been read of a row by one lane, by one program or by all: scalars, or one number a lane.
 
-    Two points, and sums that are measured from them.
+    Two points, and sums that are measured from them. For reverse KL, B1, B2 and the excess are those of the roles
+    exchanged: e_t for e_s, e_s for e_t, -delta for delta.
     """
 
     point_s: tl.tensor  # a lane's are its maxima
@@ -98,6 +100,21 @@ class Coefficients(NamedTuple):
     by_1: tl.tensor
     constant: tl.tensor
     at_label: tl.tensor
+    # Of every other divergence, in the place of by_t, ratio, log_ratio: what `slope` takes, and a factor on it.
+    at: tuple[tl.tensor, ...]
+    growth: tl.tensor
+    top: tl.tensor
+    by_slope: tl.tensor
+
+
+@triton.jit
+def roles(of_s, of_t, SWITCHES: tl.constexpr):
+    """What is the base's and the other's of KL(base || other), whose sums these are."""
+    if SWITCHES.family == "reverse_kl":
+        base, other = of_s, of_t
+    else:
+        base, other = of_t, of_s
+    return base, other
 
 
 @triton.jit
@@ -126,7 +143,7 @@ def delta_between(own, to, scalars, SWITCHES: tl.constexpr):
         grown = ((own.apart - to.apart) + (own.then - to.then)) * scalars.k
     else:
         grown = SWITCHES.root * (own.root - to.root) - (own.at_t - to.at_t)
-    return grown
+    return -grown if SWITCHES.family == "reverse_kl" else grown
 
 
 @triton.jit
@@ -148,15 +165,17 @@ def moved(part, own, to, scalars, SWITCHES: tl.constexpr, LAST: tl.constexpr = T
         d = delta_between(own, to, scalars, SWITCHES)
         by_s = tl.exp2(down_s + (own.lag - to.lag) if SWITCHES.exact else down_s)
         by_t = tl.exp2(down_t)
-        bend = by_t * (d * d * phi_over_square(d, 3))
+        by, by_other = roles(by_s, by_t, SWITCHES)
+        z, z_other = roles(z_s, z_t, SWITCHES)
+        bend = by * (d * d * phi_over_square(d, 3))
         near = tl.abs(d) < SMALL
-        growth = tl.where(near, tl.fma(by_t * d, LN2, bend), by_s - by_t)  # by_t (2^d - 1)
-        bend = tl.where(near, bend, tl.fma(by_t * d, -LN2, growth))  # by_t phi(d)
-        far = b2 > z_s
-        b2 = tl.fma(bend, z_t, tl.fma(growth, b1 * LN2, by_s * b2))
+        growth = tl.where(near, tl.fma(by * d, LN2, bend), by_other - by)  # by (2^d - 1)
+        bend = tl.where(near, bend, tl.fma(by * d, -LN2, growth))  # by phi(d)
+        far = b2 > z_other
+        b2 = tl.fma(bend, z, tl.fma(growth, b1 * LN2, by_other * b2))
         if SWITCHES.exact:
-            excess = tl.fma(growth, z_t, by_s * excess)
-        b1 = tl.where(by_t > 0, by_t * tl.fma(d, z_t, b1), 0.0)  # b1 may be -inf
+            excess = tl.fma(growth, z, by_other * excess)
+        b1 = tl.where(by > 0, by * tl.fma(d, z, b1), 0.0)  # b1 may be -inf
         if SWITCHES.entropy:
             # What lay at its point, at the exponent that the reference leaves over, does no more.
             here = own_t == to.point_t
@@ -167,8 +186,9 @@ def moved(part, own, to, scalars, SWITCHES: tl.constexpr, LAST: tl.constexpr = T
         z_t *= by_t
         if LAST:
             # Far from the teacher those terms cancel; what they leave is in z_s and z_t.
-            b2 = tl.where(far, (z_s - z_t) - b1 * LN2, b2)
-            excess = tl.where(far, z_s - z_t, excess)
+            z, z_other = roles(z_s, z_t, SWITCHES)
+            b2 = tl.where(far, (z_other - z) - b1 * LN2, b2)
+            excess = tl.where(far, z_other - z, excess)
     return Part(to.point_s, to.point_t, z_s, z_t, b1, b2, h, z_1, total, excess, rest)
 
 
@@ -195,14 +215,21 @@ def extended(part, own, s, t, columns, vocabulary, label, scalars, SWITCHES: tl.
             delta = difference(s, t, to.apart[:, None], to.then[:, None]) * scalars.k
         else:
             delta = log2_ratio(x_s, x_t, SWITCHES.root)
-        first = tl.where(e_t > 0, e_t * delta, 0.0)  # 0 log 0 = 0; -inf student: -inf
-        near = first * (delta * phi_over_square(delta, 3))
-        if SWITCHES.exact:
+        REVERSE: tl.constexpr = SWITCHES.family == "reverse_kl"
+        if REVERSE:
+            delta = -delta
+        if SWITCHES.exact and REVERSE:
             e_s *= unlagged(to.lag)[:, None]
+        e, _ = roles(e_s, e_t, SWITCHES)
+        first = tl.where(e > 0, e * delta, 0.0)  # 0 log 0 = 0; -inf student: -inf
+        near = first * (delta * phi_over_square(delta, 3))
+        if SWITCHES.exact and not REVERSE:  # (Before its use, but no sooner: the compiler keeps to this order.)
+            e_s *= unlagged(to.lag)[:, None]
+        e, e_other = roles(e_s, e_t, SWITCHES)
         # (b2 first: that takes a third of the registers.)
-        b2 += tl.sum(tl.where(tl.abs(delta) < SMALL, near, e_s - tl.fma(first, LN2, e_t)), 1)
+        b2 += tl.sum(tl.where(tl.abs(delta) < SMALL, near, e_other - tl.fma(first, LN2, e)), 1)
         if SWITCHES.exact:
-            excess += tl.sum(tl.where(tl.abs(delta) < SMALL, tl.fma(first, LN2, near), e_s - e_t), 1)
+            excess += tl.sum(tl.where(tl.abs(delta) < SMALL, tl.fma(first, LN2, near), e_other - e), 1)
         z_s += tl.sum(e_s, 1)
         z_t += tl.sum(e_t, 1)
         b1 += tl.sum(first, 1)
@@ -225,20 +252,30 @@ def merged(part, own, scalars, SWITCHES: tl.constexpr):
 
     It is measured from where the mean of delta under p is 0, or near: there B1 is small, and a student's logit that
     sticks out does not matter. Where one token has all of p, it is measured from the maxima, so that delta is 0 there;
-    and where an exponential from elsewhere would overflow, they have to do.
+    and where an exponential from elsewhere would overflow, they have to do. (Reverse KL: under q, and the teacher's
+    point moves.)
     """
     point_s, point_t = tl.max(part.point_s, 0), tl.max(part.point_t, 0)
     to = centre(point_s, point_t, scalars, SWITCHES)
     if SWITCHES.soft:
-        down_t = own.at_t - to.at_t
+        if SWITCHES.family == "reverse_kl":
+            down, z = SWITCHES.root * (own.root - to.root), part.z_s
+        else:
+            down, z = own.at_t - to.at_t, part.z_t
         apart = delta_between(own, to, scalars, SWITCHES)
-        mass = tl.exp2(down_t) * part.z_t
+        mass = tl.exp2(down) * z
         total = tl.sum(mass, 0)
-        mean = tl.sum(tl.where(mass > 0, tl.exp2(down_t) * tl.fma(apart, part.z_t, part.b1), 0.0), 0) / total
-        mean_s = point_s + mean / scalars.k
-        reached = (tl.abs(mean_s - point_s) * tl.maximum(scalars.k, LOG2E) <= REACH) & (scalars.k_t <= 256)
-        spread = reached & (total > 2) & (tl.abs(mean) < float("inf"))
-        to = centre(tl.where(spread, mean_s, point_s), point_t, scalars, SWITCHES)
+        mean = tl.sum(tl.where(mass > 0, tl.exp2(down) * tl.fma(apart, z, part.b1), 0.0), 0) / total
+        if SWITCHES.family == "reverse_kl":
+            mean_t = point_t + mean / scalars.k_t
+            reached = (tl.abs(mean_t - point_t) * scalars.k_t <= REACH) & (scalars.k <= 256)
+            spread = reached & (total > 2) & (tl.abs(mean) < float("inf"))
+            to = centre(point_s, tl.where(spread, mean_t, point_t), scalars, SWITCHES)
+        else:
+            mean_s = point_s + mean / scalars.k
+            reached = (tl.abs(mean_s - point_s) * tl.maximum(scalars.k, LOG2E) <= REACH) & (scalars.k_t <= 256)
+            spread = reached & (total > 2) & (tl.abs(mean) < float("inf"))
+            to = centre(tl.where(spread, mean_s, point_s), point_t, scalars, SWITCHES)
     part = moved(part, own, to, scalars, SWITCHES)
     SOFT: tl.constexpr = SWITCHES.soft
     return Part(
@@ -268,26 +305,35 @@ def joined(a, b, scalars, SWITCHES: tl.constexpr):
 
 @triton.jit
 def finished_soft(part, scalars, SWITCHES: tl.constexpr):
-    """The soft term; and what stats have of it: both sums, measured from the points, and the log of their ratio."""
+    """The soft term; and what stats have of it: both sums, measured from the points, the log of their ratio, and TOP
+    of reverse KL."""
     point_s, point_t, z_s, z_t, b1, b2, h, _, _, excess, rest = part
     zero = point_s * 0.0
+    z, _ = roles(z_s, z_t, SWITCHES)
     b1 *= LN2
-    x = (excess if SWITCHES.exact else b1 + b2) / z_t
-    second = b2 / z_t
+    x = (excess if SWITCHES.exact else b1 + b2) / z
+    second = b2 / z
     less = log1p_less(x)
     near = tl.abs(x) < 0.5
 
     rest_s, rest_t = off_grid(point_s, point_t, scalars, SWITCHES)
     student_sum = z_s / tl.exp2(rest_s - centre(point_s, point_t, scalars, SWITCHES).lag)
     teacher_sum = z_t / tl.exp2(rest_t)
-    gap = zero if SWITCHES.exact else (rest_s - rest_t) * LN2  # delta at the points
-    log_ratio = tl.where(near, x + less - gap, tl.log2(student_sum / teacher_sum) * LN2)
+    own_rest, other_rest = roles(rest_s, rest_t, SWITCHES)
+    gap = zero if SWITCHES.exact else (other_rest - own_rest) * LN2  # delta at the points
+    base_sum, other_sum = roles(student_sum, teacher_sum, SWITCHES)
+    log_ratio = tl.where(near, x + less - gap, tl.log2(other_sum / base_sum) * LN2)
     # The last bits of the gap say nothing: where one column has all of p and q, this is 0.
     log_ratio = tl.where(tl.abs(log_ratio) < 5e-7 * tl.abs(gap), 0.0, log_ratio)
 
     # Close to the teacher, B2 carries the value; far from it, B2 is large and B1 does.
-    soft = tl.where(near & (second < 0.5), less + second, log_ratio + gap - b1 / z_t)
+    soft = tl.where(near & (second < 0.5), less + second, log_ratio + gap - b1 / z)
     soft = tl.where(soft < 0, 0.0, soft)
+    top = zero
+    if SWITCHES.family == "reverse_kl":
+        log_ratio = -log_ratio
+        top = b1 / z - gap
+        top = tl.where(tl.abs(top) < float("inf"), top, float("nan"))
     if SWITCHES.entropy:
         # log(z_t) from what z_t has beside the columns at the point, and their number: 0 if it is no column's logit.
         at_point = tl.exp2(rest_t)
@@ -296,7 +342,7 @@ def finished_soft(part, scalars, SWITCHES: tl.constexpr):
         log_sum = tl.where(tl.abs(beside) < 0.5, beside + log1p_less(beside), tl.log2(1 + beside) * LN2)
         soft += log_sum - tl.fma(-rest_t, rest, h) / z_t * LN2
     whole = (z_s != 0) & (z_t != 0)  # else a row of -inf
-    return tl.where(whole, soft, float("nan")), student_sum, teacher_sum, log_ratio
+    return tl.where(whole, soft, float("nan")), student_sum, teacher_sum, log_ratio, top
 
 
 @triton.jit
@@ -318,9 +364,18 @@ def finished_hard(part, logit, vocabulary, scalars, SWITCHES: tl.constexpr):
 
 @triton.jit
 def gradient_coefficients(stats, target, coef_soft, coef_hard, vocabulary, scalars, SWITCHES: tl.constexpr):
-    point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, _, _ = stats
+    point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, growth, top = stats
     by_t, ratio, apart, then = 0.0, 0.0, 0.0, 0.0
-    if SWITCHES.soft:
+    at, by_slope = (), coef_soft * scalars.unit
+    if SWITCHES.family == "reverse_kl":
+        at = measured(stats, scalars, SWITCHES)
+        by_slope = tl.where(top == top, by_slope, float("nan"))  # (`slope` hides NaN.)
+    elif SWITCHES.family != "":
+        if SWITCHES.soft:
+            row = measured(stats, scalars, SWITCHES)
+            unscaled = tl.where(row.scale > 1e-30, 1 / row.scale, 0.0)  # below that, the gradient is as small
+            at, by_slope, growth, top = row, by_slope * row.scale, growth * unscaled, top * unscaled
+    elif SWITCHES.soft:
         rest_s, rest_t = off_grid(point_s, point_t, scalars, SWITCHES)
         by_t = coef_soft * scalars.unit / (teacher_sum * tl.exp2(rest_t))
         ratio = teacher_sum / student_sum * tl.exp2(rest_t - rest_s)
@@ -338,7 +393,9 @@ def gradient_coefficients(stats, target, coef_soft, coef_hard, vocabulary, scala
             if SWITCHES.smoothed:
                 constant = -coef_hard * scalars.smoothing / vocabulary
                 at_label += coef_hard * scalars.smoothing + constant
-    return Coefficients(point_s, point_t, apart, then, by_t, ratio, log_ratio, by_1, constant, at_label)
+    return Coefficients(
+        point_s, point_t, apart, then, by_t, ratio, log_ratio, by_1, constant, at_label, at, growth, top, by_slope
+    )
 
 
 @triton.jit
@@ -346,7 +403,9 @@ def gradient(
     s, t, columns, label, coefficients, scalars, SWITCHES: tl.constexpr, FINE: tl.constexpr, EDGE: tl.constexpr
 ):
     """FINE: for a gradient in float32."""
-    point_s, point_t, apart, then, by_t, ratio, log_ratio, by_1, constant, at_label = coefficients
+    point_s, point_t, apart, then, by_t, ratio, log_ratio, by_1, constant, at_label, at, growth, top, by_slope = (
+        coefficients
+    )
     x_s = student_exponent(s, point_s, scalars, SWITCHES)
     e_s, e_1 = student_exponentials(x_s, s, point_s, scalars, SWITCHES)
     g = tl.zeros_like(s)
@@ -354,7 +413,9 @@ def gradient(
         g = tl.fma(by_1, e_1, constant) if SWITCHES.smoothed else by_1 * e_1
         if EDGE:
             g = tl.where(columns == label, at_label, g)
-    if SWITCHES.soft:
+    if SWITCHES.family != "":
+        g = tl.fma(slope(s, t, at, growth, top, scalars, SWITCHES), by_slope, g)
+    elif SWITCHES.soft:
         x_t = teacher_exponent(t, point_t, scalars, SWITCHES)
         e_t = tl.exp2(x_t)
         # Where log2(q / p) is small, the difference of p and q has lost its digits.
