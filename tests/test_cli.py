@@ -184,6 +184,20 @@ class TestDemo:
         monkeypatch.setattr(digits, "FusedKDLoss", wrong)
         assert digits.run(5, 0, no_progress).difference > BOUND
 
+    @pytest.mark.parametrize("softmax", [0.04, 0.07, 0.3, 0.9])
+    def test_no_label_of_the_picture_runs_across_the_yardstick(self, softmax: float) -> None:
+        skip_without_extras()
+        report = importlib.import_module("fused_kd.demo.report")
+        cost = vocabulary.Cost
+        fused, eager = cost(0.05, 80_000_000), cost(1.0, 400_000_000)
+        axes = importlib.import_module("matplotlib.figure").Figure(figsize=(6, 4.8)).subplots()
+        report._bars(axes, vocabulary.Measured(128, "cpu", fused, eager, softmax, 0.0, 0.0))
+        (yardstick,) = (line.get_window_extent() for line in axes.lines)
+        labels = [text for text in axes.texts if "  " in text.get_text()]
+        assert len(labels) == 4
+        for label in labels:
+            assert not yardstick.overlaps(label.get_window_extent()), label.get_text()
+
     def test_memory_is_the_gradient_for_fused_and_more_for_eager(self) -> None:
         measured = vocabulary.run(demo.FEWEST_ROWS, 0, no_progress)
         assert measured.loss_difference < 1e-5
