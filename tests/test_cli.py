@@ -139,9 +139,9 @@ def test_eager_is_the_reference() -> None:
 
 class TestDemo:
     @pytest.fixture
-    def digits(self) -> ModuleType:
+    def unseen(self) -> ModuleType:
         pytest.importorskip("sklearn")
-        return importlib.import_module("fused_kd.demo.digits")
+        return importlib.import_module("fused_kd.demo.unseen")
 
     def test_quick(self, tmp_path: Path) -> None:
         skip_without_extras()
@@ -156,19 +156,19 @@ class TestDemo:
         assert lines[-1] == f"Picture: {path}"
         assert path.read_bytes().startswith(b"\x89PNG")
 
-    def test_the_digits_show_what_the_demo_says(self, digits: ModuleType) -> None:
-        learned = digits.run(demo.QUICK_EPOCHS, 0, no_progress)
+    def test_the_digits_show_what_the_demo_says(self, unseen: ModuleType) -> None:
+        learned = unseen.run(demo.QUICK_EPOCHS, 0, no_progress)
         assert learned.hard.score.unseen_right == 0
         assert learned.fused.score.unseen_right >= learned.test_unseen // 4
         assert learned.fused.corrected.unseen_right > learned.fused.score.unseen_right
         assert learned.teacher.errors < learned.hard.score.errors
         assert learned.difference < BOUND
 
-    def test_no_image_is_in_both_sets(self, digits: ModuleType) -> None:
-        train, test = digits.load(0)
-        assert len(train.labels) == digits.TRAIN
+    def test_no_image_is_in_both_sets(self, unseen: ModuleType) -> None:
+        train, test = unseen.load(0)
+        assert len(train.labels) == 1000
         assert len(train.labels) + len(test.labels) == 1797
-        assert 0 < (test.labels == digits.UNSEEN).sum() < len(test.labels)
+        assert 0 < (test.labels == unseen.UNSEEN).sum() < len(test.labels)
 
     @pytest.mark.parametrize(
         "wrong",
@@ -179,10 +179,10 @@ class TestDemo:
         ],
     )
     def test_the_bound_on_the_curves_catches_a_loss_that_is_off_by_one_percent(
-        self, wrong: Callable[..., object], digits: ModuleType, monkeypatch: pytest.MonkeyPatch
+        self, wrong: Callable[..., object], unseen: ModuleType, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(digits, "FusedKDLoss", wrong)
-        assert digits.run(5, 0, no_progress).difference > BOUND
+        monkeypatch.setattr(unseen, "FusedKDLoss", wrong)
+        assert unseen.run(5, 0, no_progress).difference > BOUND
 
     @pytest.mark.parametrize("softmax", [0.04, 0.07, 0.3, 0.9])
     def test_no_label_of_the_picture_runs_across_the_yardstick(self, softmax: float) -> None:

@@ -1,6 +1,7 @@
 """`fused-kd demo`: the paper's experiment on a small scale, then the loss on a large one.
 
-    digits.py      a student recognises a class that it never saw; trained with the fused loss and with the eager one
+    digits.py      the images, the networks and their training
+    unseen.py      a student recognises a class that it never saw; trained with the fused loss and with the eager one
     vocabulary.py  time and memory of one step of both losses at a language model's vocabulary
     eager.py       the loss as one would write it without this package
     report.py      the terminal's text and the picture
@@ -31,11 +32,11 @@ def problem(output: Path) -> str | None:
 
 def run(output: Path, *, seed: int, quick: bool, rows: int) -> None:
     """Does the work, prints what came out, and writes the picture."""
-    from fused_kd.demo import digits, report, vocabulary  # noqa: PLC0415 (these need the extras)
+    from fused_kd.demo import report, unseen, vocabulary  # noqa: PLC0415 (these need the extras)
 
     report.title(seed)
     with report.progress() as track:
-        learned = digits.run(QUICK_EPOCHS if quick else EPOCHS, seed, track)
+        learned = unseen.run(QUICK_EPOCHS if quick else EPOCHS, seed, track)
         measured = vocabulary.run(rows, seed, track)
     report.tables(learned, measured)
     report.picture(learned, measured, output)

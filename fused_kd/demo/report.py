@@ -15,7 +15,8 @@ from rich.table import Table
 
 import fused_kd
 from fused_kd.demo import Track
-from fused_kd.demo.digits import MEMBERS, TRAIN, UNSEEN, Learned, Score
+from fused_kd.demo.digits import MEMBERS, TRAIN
+from fused_kd.demo.unseen import UNSEEN, Learned, Score
 from fused_kd.demo.vocabulary import VOCABULARY, Cost, Measured
 
 _FUSED, _EAGER, _GREY = "#0b6e99", "#f2a65a", "#5f6b76"
