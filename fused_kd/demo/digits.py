@@ -72,15 +72,15 @@ def load(seed: int) -> tuple[Digits, Digits]:
     return Digits(images[:TRAIN], labels[:TRAIN]), Digits(images[TRAIN:], labels[TRAIN:])
 
 
-def teachers(name: str, sets: Digits, course: Course) -> Networks:
+def teachers(name: str, sets: Digits, course: Course, *, moved_by: float) -> Networks:
     """An ensemble for each of the sets [k, n, 64], [k, n]: member i learns from set i // MEMBERS.
 
-    Each has its own start, and sees the images moved in its own way by up to a pixel.
+    Each has its own start, and sees the images moved in its own way by nothing or `moved_by` (of a pixel) on each axis.
     """
     members = len(sets.images) * MEMBERS
     generator = torch.Generator().manual_seed(course.seed)
     networks = Networks(members, _TEACHER, generator)
-    moved, of = _moved(sets.images), torch.arange(members) // MEMBERS
+    moved, of = _moved(sets.images, moved_by), torch.arange(members) // MEMBERS
 
     def loss(batch: Tensor) -> Tensor:
         moves = torch.randint(len(moved), (members, len(batch)), generator=generator)
@@ -142,7 +142,12 @@ def correction(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor
     return best[len(best) // 2] * at  # the middle of those that do equally well
 
 
-def _moved(images: Tensor) -> Tensor:
-    """[9, ..., 64]: the images [..., 64] moved by up to a pixel each way."""
+def _moved(images: Tensor, by: float) -> Tensor:
+    """[9, ..., 64]: the images [..., 64] moved by so much of a pixel each way, between pixels linearly."""
+
+    def along(dim: int, framed: Tensor) -> list[Tensor]:
+        still = framed.narrow(dim, 1, 8)
+        return [still.lerp(framed.narrow(dim, start, 8), by) for start in range(3)]
+
     framed = pad(images.reshape(*images.shape[:-1], 8, 8), (1, 1, 1, 1))
-    return torch.stack([framed[..., y : y + 8, x : x + 8].flatten(-2) for y in range(3) for x in range(3)])
+    return torch.stack([image.flatten(-2) for rows in along(-2, framed) for image in along(-1, rows)])

@@ -53,7 +53,9 @@ class Learned:
 def run(epochs: int, seed: int, track: Track) -> Learned:
     course = Course(epochs, seed, track)
     train, test = load(seed)
-    teacher = teachers(f"teacher, {MEMBERS} networks", Digits(train.images[None], train.labels[None]), course)
+    teacher = teachers(
+        f"teacher, {MEMBERS} networks", Digits(train.images[None], train.labels[None]), course, moved_by=1.0
+    )
     soft_targets = teacher.mean_logits(train.images)
     fused = FusedKDLoss(temperature=TEMPERATURE)
 
