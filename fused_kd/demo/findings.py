@@ -24,7 +24,7 @@ class Line:
 @dataclass(frozen=True)
 class Finding:
     claim: str
-    holds: bool | None  # None: these seeds do not tell
+    holds: bool | None  # None: undecided by these seeds
     because: str
 
 

@@ -311,7 +311,7 @@ def _logit_matching(school: School, hard: Networks, kl: dict[float, Networks]) -
         apart[temperature] = 100 * (gradient - limit).flatten(1).norm(dim=1) / limit.flatten(1).norm(dim=1)
         lines.append(Line(f"KL, τ = {temperature:g}", (Cell(apart[temperature]), Cell(school.wrong(networks)))))
     return Experiment(
-        "KL at high temperature, and matching logits",
+        "KL at high τ, and matching logits",
         "The paper: matching logits is the limit as τ grows. The gradient: of the student with hard\n"
         "targets, on the training digits.",
         ("gradient off by, %", "test errors, %"),

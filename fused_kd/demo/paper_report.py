@@ -10,7 +10,7 @@ from rich.table import Table
 from fused_kd.demo.findings import STANDARD_ERRORS, Experiment, Finding, spread
 from fused_kd.demo.report import BLUE, CONSOLE, GREY, ORANGE, table
 
-_WORDS = {True: "holds", False: "does not hold", None: "not told"}
+_WORDS = {True: "holds", False: "does not hold", None: "undecided"}
 
 
 def tables(experiments: list[Experiment], *, seeds: int, epochs: int) -> None:
@@ -18,7 +18,7 @@ def tables(experiments: list[Experiment], *, seeds: int, epochs: int) -> None:
         f"\nMean ± standard deviation over {seeds} seeds, each with its own split of the digits and its own networks, "
         f"after\n{epochs} epochs; beside it the paper's figure, of MNIST unless it says so. A claim's figure stands "
         "with its\nstandard error: the claim holds where the figure is right by "
-        f"{STANDARD_ERRORS:g} of them, and is not told within.\nWhat is alike is apart by less than the seeds' "
+        f"{STANDARD_ERRORS:g} of them, and is undecided within.\nWhat is alike is apart by less than the seeds' "
         "deviation."
     )
     for number, experiment in enumerate(experiments, 1):
@@ -27,7 +27,7 @@ def tables(experiments: list[Experiment], *, seeds: int, epochs: int) -> None:
         CONSOLE.print()
         for finding in experiment.findings:
             CONSOLE.print(f"{_told(finding)}: {finding.because}")
-    CONSOLE.print("\n[bold]What does not reproduce on these digits[/bold]")
+    CONSOLE.print("\n[bold]What does not reproduce on these digits, or is undecided[/bold]")
     findings = [finding for experiment in experiments for finding in experiment.findings]
     for finding in findings:
         if not finding.holds:
@@ -54,8 +54,11 @@ def _table(experiment: Experiment) -> Table:
 
 
 def picture(experiments: list[Experiment], output: Path) -> None:
-    """Writes a PNG with a panel for each experiment: means, the seeds' standard deviation as a bar."""
-    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    """Writes a PNG with a panel for each experiment: means with the seeds' deviation, the paper's as diamonds."""
+    figure = Figure(figsize=(13, 7.4), layout="constrained")
+    figure.suptitle(
+        "Mean and standard deviation over the seeds; diamonds: the paper's figures", fontsize=10, color=GREY
+    )
     for axes, experiment in zip(figure.subplots(2, 3).flat, experiments, strict=True):
         _panel(axes, experiment)
     figure.savefig(output, format="png", dpi=150)
@@ -63,22 +66,21 @@ def picture(experiments: list[Experiment], output: Path) -> None:
 
 
 def _panel(axes: Axes, experiment: Experiment) -> None:
-    """The experiment's columns, the first in blue, as points; its lines from top to bottom."""
-    lines = experiment.lines
-    for column, (name, colour) in enumerate(zip(experiment.columns, (BLUE, ORANGE, GREY), strict=False)):
-        rows = [(row, here) for row, line in enumerate(lines) if (here := line.cells[column].here) is not None]
-        axes.errorbar(
-            [float(values.mean()) for _, values in rows],
-            [row + 0.16 * column for row, _ in rows],
-            xerr=[float(values.std()) for _, values in rows],
-            fmt="o",
-            color=colour,
-            capsize=3,
-            label=name,
-        )
-    axes.set_yticks(range(len(lines)), [line.name for line in lines])
+    """The lines from top to bottom, a colour for each column that is in percent."""
+    columns = [i for i, name in enumerate(experiment.columns) if name.endswith("%")]
+    for shift, (column, colour) in enumerate(zip(columns, (BLUE, ORANGE), strict=False)):
+        for row, line in enumerate(experiment.lines):
+            here, paper = line.cells[column]
+            at = row + 0.16 * shift
+            if here is not None:
+                axes.errorbar(float(here.mean()), at, xerr=float(here.std()), fmt="o", color=colour, capsize=3)
+            if paper[:1].isdigit():
+                axes.plot(float(paper), at, "D", color=colour, markerfacecolor="white", zorder=3)
+        axes.plot([], [], "o", color=colour, label=experiment.columns[column])
+    axes.set_yticks(range(len(experiment.lines)), [line.name for line in experiment.lines])
     axes.invert_yaxis()
-    axes.set_title(experiment.title, loc="left", weight="bold", fontsize=10)
+    axes.set_xlim(left=0)
+    axes.set_title(experiment.title, loc="left", weight="bold", fontsize=9.5)
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
