@@ -32,9 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rows", type=_rows, help=f"rows of logits in the second part ({demo.ROWS})")
     command.set_defaults(run=_demo)
 
-    text = (
-        "the experiments of Hinton, Vinyals, Dean 2015 on handwritten digits, beside its figures (under four minutes)"
-    )
+    text = "the experiments of Hinton, Vinyals, Dean 2015 on handwritten digits, beside its figures (a few minutes)"
     command = commands.add_parser("paper", help=text, description=text)
     command.add_argument("--output", type=Path, default=Path("fused-kd-paper.png"), help="the picture (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="the first of the seeds (%(default)s)")

@@ -21,7 +21,7 @@ from pathlib import Path
 ROWS, QUICK_ROWS = 128, 64
 FEWEST_ROWS = 64  # below, a tensor comes from a heap that keeps what is freed, and memory cannot be told
 EPOCHS, QUICK_EPOCHS = 100, 10
-PAPER_EPOCHS, QUICK_PAPER_EPOCHS = 120, 5
+PAPER_EPOCHS, QUICK_PAPER_EPOCHS = 150, 5
 SEEDS, QUICK_SEEDS = 6, 2
 FEWEST_SEEDS = 2  # for a spread
 Track = Callable[[str, int], Iterable[int]]  # range(n), shown as progress under a name
