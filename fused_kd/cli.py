@@ -1,4 +1,4 @@
-"""The command line, `fused-kd`: what this installation can do (`info`) and what the loss does (`demo`)."""
+"""The command line, `fused-kd`: what this installation can do (`info`) and what the loss does (`demo`, `paper`)."""
 
 import argparse
 import sys
@@ -31,13 +31,33 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="a few seconds: shorter training, fewer rows")
     command.add_argument("--rows", type=_rows, help=f"rows of logits in the second part ({demo.ROWS})")
     command.set_defaults(run=_demo)
+
+    text = "the experiments of Hinton, Vinyals, Dean 2015 on handwritten digits, beside its figures (a few minutes)"
+    command = commands.add_parser("paper", help=text, description=text)
+    command.add_argument("--output", type=Path, default=Path("fused-kd-paper.png"), help="the picture (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="the first of the seeds (%(default)s)")
+    command.add_argument("--seeds", type=_seeds, help=f"how many, each with its own split and networks ({demo.SEEDS})")
+    command.add_argument("--quick", action="store_true", help="a few seconds, and no meaning: hardly any training")
+    command.set_defaults(run=_paper)
     return parser
 
 
 def _rows(text: str) -> int:
-    if (rows := int(text)) < demo.FEWEST_ROWS:
-        raise argparse.ArgumentTypeError(f"must be at least {demo.FEWEST_ROWS}, got {rows}")
-    return rows
+    return _at_least(demo.FEWEST_ROWS, text)
+
+
+def _seeds(text: str) -> int:
+    return _at_least(demo.FEWEST_SEEDS, text)
+
+
+def _at_least(fewest: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if number < fewest:
+        raise argparse.ArgumentTypeError(f"must be at least {fewest}, got {number}")
+    return number
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -52,4 +72,14 @@ def _demo(arguments: argparse.Namespace) -> int:
         return 1
     rows = arguments.rows or (demo.QUICK_ROWS if arguments.quick else demo.ROWS)
     demo.run(arguments.output, seed=arguments.seed, quick=arguments.quick, rows=rows)
+    return 0
+
+
+def _paper(arguments: argparse.Namespace) -> int:
+    problem = demo.problem(arguments.output)
+    if problem is not None:
+        print(f"fused-kd paper: {problem}", file=sys.stderr)
+        return 1
+    seeds = arguments.seeds or (demo.QUICK_SEEDS if arguments.quick else demo.SEEDS)
+    demo.run_paper(arguments.output, seed=arguments.seed, seeds=seeds, quick=arguments.quick)
     return 0

@@ -139,9 +139,9 @@ def test_eager_is_the_reference() -> None:
 
 class TestDemo:
     @pytest.fixture
-    def digits(self) -> ModuleType:
+    def unseen(self) -> ModuleType:
         pytest.importorskip("sklearn")
-        return importlib.import_module("fused_kd.demo.digits")
+        return importlib.import_module("fused_kd.demo.unseen")
 
     def test_quick(self, tmp_path: Path) -> None:
         skip_without_extras()
@@ -156,19 +156,19 @@ class TestDemo:
         assert lines[-1] == f"Picture: {path}"
         assert path.read_bytes().startswith(b"\x89PNG")
 
-    def test_the_digits_show_what_the_demo_says(self, digits: ModuleType) -> None:
-        learned = digits.run(demo.QUICK_EPOCHS, 0, no_progress)
+    def test_the_digits_show_what_the_demo_says(self, unseen: ModuleType) -> None:
+        learned = unseen.run(demo.QUICK_EPOCHS, 0, no_progress)
         assert learned.hard.score.unseen_right == 0
         assert learned.fused.score.unseen_right >= learned.test_unseen // 4
         assert learned.fused.corrected.unseen_right > learned.fused.score.unseen_right
         assert learned.teacher.errors < learned.hard.score.errors
         assert learned.difference < BOUND
 
-    def test_no_image_is_in_both_sets(self, digits: ModuleType) -> None:
-        train, test = digits.load(0)
-        assert len(train.labels) == digits.TRAIN
+    def test_no_image_is_in_both_sets(self, unseen: ModuleType) -> None:
+        train, test = unseen.load(0)
+        assert len(train.labels) == 1000
         assert len(train.labels) + len(test.labels) == 1797
-        assert 0 < (test.labels == digits.UNSEEN).sum() < len(test.labels)
+        assert 0 < (test.labels == unseen.UNSEEN).sum() < len(test.labels)
 
     @pytest.mark.parametrize(
         "wrong",
@@ -179,10 +179,24 @@ class TestDemo:
         ],
     )
     def test_the_bound_on_the_curves_catches_a_loss_that_is_off_by_one_percent(
-        self, wrong: Callable[..., object], digits: ModuleType, monkeypatch: pytest.MonkeyPatch
+        self, wrong: Callable[..., object], unseen: ModuleType, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(digits, "FusedKDLoss", wrong)
-        assert digits.run(5, 0, no_progress).difference > BOUND
+        monkeypatch.setattr(unseen, "FusedKDLoss", wrong)
+        assert unseen.run(5, 0, no_progress).difference > BOUND
+
+    @pytest.mark.parametrize("softmax", [0.04, 0.07, 0.3, 0.9])
+    def test_no_label_of_the_picture_runs_across_the_yardstick(self, softmax: float) -> None:
+        skip_without_extras()
+        report = importlib.import_module("fused_kd.demo.report")
+        cost = vocabulary.Cost
+        fused, eager = cost(0.05, 80_000_000), cost(1.0, 400_000_000)
+        axes = importlib.import_module("matplotlib.figure").Figure(figsize=(6, 4.8)).subplots()
+        report._bars(axes, vocabulary.Measured(128, "cpu", fused, eager, softmax, 0.0, 0.0))
+        (yardstick,) = (line.get_window_extent() for line in axes.lines)
+        labels = [text for text in axes.texts if "  " in text.get_text()]
+        assert len(labels) == 4
+        for label in labels:
+            assert not yardstick.overlaps(label.get_window_extent()), label.get_text()
 
     def test_memory_is_the_gradient_for_fused_and_more_for_eager(self) -> None:
         measured = vocabulary.run(demo.FEWEST_ROWS, 0, no_progress)

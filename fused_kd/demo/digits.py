@@ -1,10 +1,7 @@
-"""A student that learns a class it never saw, from its teacher: Hinton, Vinyals, Dean 2015, section 3, in small.
-
-The paper leaves every 3 out of MNIST's transfer set. Here it is scikit-learn's 1797 digits of 8x8 pixels.
-"""
+"""scikit-learn's 1797 handwritten digits of 8x8 pixels, perceptrons side by side, and how they are trained."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,65 +12,31 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, pad
 
 from fused_kd.demo import Track
-from fused_kd.demo.eager import eager_kd_loss
-from fused_kd.loss import FusedKDLoss
-from fused_kd.options import KDOptions
 
-UNSEEN = 3
 TRAIN = 1000  # of 1797; the rest is the test set
-MEMBERS = 8
-TEMPERATURE = 20.0
-_CLASSES = 10
-_TEACHER, _STUDENT = (64, 128, 128, _CLASSES), (64, 64, 64, _CLASSES)
-_BATCH, _LEARNING_RATE = 50, 3e-3
-_BIASES = torch.arange(-50, 301) / 10
+MEMBERS = 8  # of a teacher
+BATCH = 50
+PIXELS, CLASSES = 64, 10
+_TEACHER = (PIXELS, 128, 128, CLASSES)
+_LEARNING_RATE = 3e-3
+_BIASES = torch.arange(-300, 301) / 10
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of student logits, teacher logits, labels
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of student logits [n, 10], teacher logits [n, 10], labels [n]
 
 
 class Digits(NamedTuple):
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # [..., n, 64]
+    labels: Tensor  # [..., n]
 
 
 @dataclass(frozen=True)
 class Course:
-    """What all trainings here have in common."""
+    """What all trainings of one command have in common."""
 
     epochs: int
     seed: int
     track: Track
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a network does on the test set."""
-
-    errors: int
-    unseen_right: int
-
-
-@dataclass(frozen=True)
-class Student:
-    score: Score
-    corrected: Score  # with the best constant added to the logit of the unseen class
-    curve: list[float]  # the mean loss of each epoch
-
-
-@dataclass(frozen=True)
-class Learned:
-    teacher: Score
-    hard: Student
-    fused: Student
-    eager: Student
-    transfer: int  # images to learn from, none of the unseen class
-    test: int
-    test_unseen: int
-
-    @property
-    def difference(self) -> float:
-        """The largest difference of the two curves, relative to the eager one."""
-        return max(abs(f - e) / e for f, e in zip(self.fused.curve, self.eager.curve, strict=True))
 
 
 class Networks(torch.nn.Module):
@@ -101,33 +64,6 @@ class Networks(torch.nn.Module):
         return mean
 
 
-def run(epochs: int, seed: int, track: Track) -> Learned:
-    course = Course(epochs, seed, track)
-    train, test = load(seed)
-    teacher = _teacher(train, course)
-    soft_targets = teacher.mean_logits(train.images)
-    fused = FusedKDLoss(temperature=TEMPERATURE)
-
-    def eager(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return eager_kd_loss(student, teacher, labels, temperature=TEMPERATURE, alpha=KDOptions.alpha)
-
-    def labels_alone(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(student, labels)
-
-    def student(name: str, loss: Loss) -> Student:
-        return _student(name, loss, train, soft_targets, test, course)
-
-    return Learned(
-        teacher=_score(teacher.mean_logits(test.images), test.labels),
-        hard=student("student, labels alone", labels_alone),
-        fused=student("student, distilled", fused),
-        eager=student("the same with eager PyTorch", eager),
-        transfer=int((train.labels != UNSEEN).sum()),
-        test=len(test.labels),
-        test_unseen=int((test.labels == UNSEEN).sum()),
-    )
-
-
 def load(seed: int) -> tuple[Digits, Digits]:
     """The images to train with, and those to test with."""
     data = load_digits()
@@ -136,35 +72,41 @@ def load(seed: int) -> tuple[Digits, Digits]:
     return Digits(images[:TRAIN], labels[:TRAIN]), Digits(images[TRAIN:], labels[TRAIN:])
 
 
-def _teacher(train: Digits, course: Course) -> Networks:
-    """An ensemble; each member has its own start, and sees the images moved in its own way by up to a pixel."""
+def teachers(name: str, sets: Digits, course: Course, *, moved_by: float) -> Networks:
+    """An ensemble for each of the sets [k, n, 64], [k, n]: member i learns from set i // MEMBERS.
+
+    Each has its own start, and sees the images moved in its own way by nothing or `moved_by` (of a pixel) on each axis.
+    """
+    members = len(sets.images) * MEMBERS
     generator = torch.Generator().manual_seed(course.seed)
-    networks = Networks(MEMBERS, _TEACHER, generator)
-    moved = _moved(train.images)
+    networks = Networks(members, _TEACHER, generator)
+    moved, of = _moved(sets.images, moved_by), torch.arange(members) // MEMBERS
 
     def loss(batch: Tensor) -> Tensor:
-        moves = torch.randint(len(moved), (MEMBERS, len(batch)), generator=generator)
-        logits = networks(moved[moves, batch])
-        return MEMBERS * cross_entropy(logits.flatten(0, 1), train.labels[batch].repeat(MEMBERS))
+        moves = torch.randint(len(moved), (members, len(batch)), generator=generator)
+        logits = networks(moved[moves, of[:, None], batch])
+        return members * cross_entropy(logits.flatten(0, 1), sets.labels[of[:, None], batch].flatten())
 
-    _train(f"teacher, {MEMBERS} networks", networks, loss, len(train.labels), generator, course)
+    _train(name, networks, loss, sets.images.shape[1], generator, course)
     return networks
 
 
-def _student(name: str, loss: Loss, train: Digits, soft_targets: Tensor, test: Digits, course: Course) -> Student:
-    """Every student has the same start and sees the same batches: only the loss differs."""
+def students(
+    name: str, loss: Loss, sets: Digits, soft_targets: Tensor, width: int, course: Course
+) -> tuple[Networks, list[float]]:
+    """A network for each of the sets [k, n, 64], [k, n] with the teacher's logits [k, n, 10]; the loss of each epoch.
+
+    Students of one width and sets of one size have the same start and see the same batches, whatever the loss.
+    """
+    members, images = sets.labels.shape
     generator = torch.Generator().manual_seed(course.seed + 1)
-    network = Networks(1, _STUDENT, generator)
-    seen = train.labels != UNSEEN
-    images, targets, labels = train.images[seen], soft_targets[seen], train.labels[seen]
+    networks = Networks(members, (PIXELS, width, width, CLASSES), generator)
 
     def loss_of(batch: Tensor) -> Tensor:
-        return loss(network(images[batch])[0], targets[batch], labels[batch])
+        logits, targets = networks(sets.images[:, batch]), soft_targets[:, batch]
+        return members * loss(logits.flatten(0, 1), targets.flatten(0, 1), sets.labels[:, batch].flatten())
 
-    curve = _train(name, network, loss_of, len(labels), generator, course)
-    logits = network.mean_logits(test.images)
-    correction = _correction(network.mean_logits(train.images), train.labels)
-    return Student(_score(logits, test.labels), _score(logits + correction, test.labels), curve)
+    return networks, _train(name, networks, loss_of, images, generator, course)
 
 
 def _train(
@@ -177,11 +119,11 @@ def _train(
 ) -> list[float]:
     """Adam with a cosine schedule; `loss_of` takes the numbers of a batch's images. The mean loss of each epoch."""
     optimizer = torch.optim.Adam(networks.parameters(), lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, course.epochs * math.ceil(images / _BATCH))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, course.epochs * math.ceil(images / BATCH))
     curve = []
     for _ in course.track(name, course.epochs):
         total = torch.zeros(())
-        for batch in torch.split(torch.randperm(images, generator=generator), _BATCH):
+        for batch in torch.split(torch.randperm(images, generator=generator), BATCH):
             loss = loss_of(batch)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -192,20 +134,20 @@ def _train(
     return curve
 
 
-def _moved(images: Tensor) -> Tensor:
-    """[9, n, 64]: the images moved by up to a pixel each way."""
-    framed = pad(images.view(-1, 8, 8), (1, 1, 1, 1))
-    return torch.stack([framed[:, y : y + 8, x : x + 8].flatten(1) for y in range(3) for x in range(3)])
-
-
-def _score(logits: Tensor, labels: Tensor) -> Score:
-    right = logits.argmax(-1) == labels
-    return Score(errors=int((~right).sum()), unseen_right=int((right & (labels == UNSEEN)).sum()))
-
-
-def _correction(logits: Tensor, labels: Tensor) -> Tensor:
-    """The one number on the unseen class's logit with which the fewest of these images are wrong, as [10]."""
-    unseen = one_hot(torch.tensor(UNSEEN), _CLASSES)
-    errors = torch.tensor([_score(logits + bias * unseen, labels).errors for bias in _BIASES])
+def correction(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """The one number on the logits of these classes with which the fewest of the images are wrong, as [10]."""
+    at = one_hot(torch.tensor(classes), CLASSES).sum(0)
+    errors = torch.stack([((logits + bias * at).argmax(-1) != labels).sum() for bias in _BIASES])
     best = _BIASES[errors == errors.min()]
-    return best[len(best) // 2] * unseen  # the middle of those that do equally well
+    return best[len(best) // 2] * at  # the middle of those that do equally well
+
+
+def _moved(images: Tensor, by: float) -> Tensor:
+    """[9, ..., 64]: the images [..., 64] moved by so much of a pixel each way, between pixels linearly."""
+
+    def along(dim: int, framed: Tensor) -> list[Tensor]:
+        still = framed.narrow(dim, 1, 8)
+        return [still.lerp(framed.narrow(dim, start, 8), by) for start in range(3)]
+
+    framed = pad(images.reshape(*images.shape[:-1], 8, 8), (1, 1, 1, 1))
+    return torch.stack([image.flatten(-2) for rows in along(-2, framed) for image in along(-1, rows)])

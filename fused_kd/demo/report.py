@@ -15,11 +15,12 @@ from rich.table import Table
 
 import fused_kd
 from fused_kd.demo import Track
-from fused_kd.demo.digits import MEMBERS, TRAIN, UNSEEN, Learned, Score
+from fused_kd.demo.digits import MEMBERS, TRAIN
+from fused_kd.demo.unseen import UNSEEN, Learned, Score
 from fused_kd.demo.vocabulary import VOCABULARY, Cost, Measured
 
-_FUSED, _EAGER, _GREY = "#0b6e99", "#f2a65a", "#5f6b76"
-_CONSOLE = Console(highlight=False, soft_wrap=True)
+BLUE, ORANGE, GREY = "#0b6e99", "#f2a65a", "#5f6b76"
+CONSOLE = Console(highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def progress() -> Iterator[Track]:
 
 def title(seed: int) -> None:
     threads = torch.get_num_threads()
-    _CONSOLE.print(
+    CONSOLE.print(
         f"fused_kd {fused_kd.__version__}, torch {torch.__version__}, {threads} threads, seed {seed}", style="dim"
     )
 
@@ -47,28 +48,28 @@ def tables(learned: Learned, measured: Measured) -> None:
 
 
 def _digits(learned: Learned) -> None:
-    _CONSOLE.print(
+    CONSOLE.print(
         f"\n[bold]1. A student learns what a {UNSEEN} is without ever seeing one[/bold]\n"
         f"{learned.transfer} of {TRAIN} digits to learn from: those that are no {UNSEEN}. The teacher, {MEMBERS} "
         f"networks that know\nall digits, tells the distilled student how much each of them looks like a "
         f"{UNSEEN}.\nThe test: {learned.test} other digits, {learned.test_unseen} of them a {UNSEEN}.\n"
     )
-    table = _table(f"{UNSEEN}s right", "all errors", f"{UNSEEN}s right *", "all errors *")
-    table.add_row("teacher", *_cells(learned.teacher))
+    scores = table(f"{UNSEEN}s right", "all errors", f"{UNSEEN}s right *", "all errors *")
+    scores.add_row("teacher", *_cells(learned.teacher))
     for name, student in (("labels alone", learned.hard), ("distilled", learned.fused)):
-        table.add_row(f"student, {name}", *_cells(student.score), *_cells(student.corrected))
-    _CONSOLE.print(table)
-    _CONSOLE.print(
+        scores.add_row(f"student, {name}", *_cells(student.score), *_cells(student.corrected))
+    CONSOLE.print(scores)
+    CONSOLE.print(
         f"\n* after correcting one number, the bias against {UNSEEN}, on the {TRAIN} digits.\n"
         f"Trained with eager PyTorch instead, the curve of the loss differs by {_percent(learned.difference)} at most."
     )
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+def table(*headings: str) -> Table:
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in ("", *headings):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    return table
+        made.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    return made
 
 
 def _cells(score: Score) -> tuple[str, str]:
@@ -77,19 +78,19 @@ def _cells(score: Score) -> tuple[str, str]:
 
 def _vocabulary(measured: Measured) -> None:
     rows, logits = measured.rows, measured.logits_bytes
-    _CONSOLE.print(
+    CONSOLE.print(
         f"\n[bold]2. The same loss over a language model's vocabulary of {VOCABULARY}[/bold]\n"
         f"{rows} rows of float32 logits ({_megabytes(logits)} each for student and teacher), forward and backward.\n"
     )
-    table = _table("time", "peak extra memory", "in logits' sizes")
+    costs = table("time", "peak extra memory", "in logits' sizes")
     for name, cost in (
         (f"FusedKDLoss ({measured.backend} backend)", measured.fused),
         ("eager PyTorch", measured.eager),
     ):
-        table.add_row(name, _milliseconds(cost.seconds), *_memory(cost, logits))
-    table.add_row("yardstick: one torch.softmax", _milliseconds(measured.softmax_seconds), "", "")
-    _CONSOLE.print(table)
-    _CONSOLE.print(
+        costs.add_row(name, _milliseconds(cost.seconds), *_memory(cost, logits))
+    costs.add_row("yardstick: one torch.softmax", _milliseconds(measured.softmax_seconds), "", "")
+    CONSOLE.print(costs)
+    CONSOLE.print(
         f"\nThe losses differ by {measured.loss_difference:.0e} of their size, the gradients by "
         f"{measured.gradient_difference:.0e}. Time: median of turns\nin one process. Memory: the rise of the process's "
         "resident memory, gradient included."
@@ -121,21 +122,21 @@ def picture(learned: Learned, measured: Measured, output: Path) -> None:
     _bars(right, measured)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_GREY)
+        axes.tick_params(colors=GREY)
     figure.savefig(output, format="png", dpi=150)
-    _CONSOLE.print(f"\nPicture: {output.absolute()}")
+    CONSOLE.print(f"\nPicture: {output.absolute()}")
 
 
 def _curves(axes: Axes, learned: Learned) -> None:
     epochs = range(1, len(learned.fused.curve) + 1)
-    axes.plot(epochs, learned.eager.curve, color=_EAGER, linewidth=7, alpha=0.7, label="eager PyTorch")
-    axes.plot(epochs, learned.fused.curve, color=_FUSED, linewidth=1.8, label="FusedKDLoss")
+    axes.plot(epochs, learned.eager.curve, color=ORANGE, linewidth=7, alpha=0.7, label="eager PyTorch")
+    axes.plot(epochs, learned.fused.curve, color=BLUE, linewidth=1.8, label="FusedKDLoss")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
-    axes.set_xlabel("epoch", color=_GREY)
-    axes.set_ylabel("distillation loss (log scale)", color=_GREY)
+    axes.set_xlabel("epoch", color=GREY)
+    axes.set_ylabel("distillation loss (log scale)", color=GREY)
     axes.legend(frameon=False, loc="upper right")
     axes.set_title(
         f"Same training: the curves differ by at most {_percent(learned.difference)}", loc="left", weight="bold"
@@ -150,7 +151,7 @@ def _curves(axes: Axes, learned: Learned) -> None:
         transform=axes.transAxes,
         verticalalignment="top",
         linespacing=1.5,
-        color=_GREY,
+        color=GREY,
     )
 
 
@@ -165,14 +166,16 @@ def _bars(axes: Axes, measured: Measured) -> None:
         groups.append(
             ("peak extra\nmemory", fused.memory, eager.memory, _megabytes(fused.memory), _megabytes(eager.memory))
         )
+    yardstick = measured.softmax_seconds / eager.seconds
     for i, (_, of_fused, of_eager, fused_text, eager_text) in enumerate(groups):
         for offset, value, text, colour in (
-            (-0.2, of_eager, f"eager PyTorch  {eager_text}", _EAGER),
-            (0.2, of_fused, f"FusedKDLoss  {fused_text}", _FUSED),
+            (-0.2, of_eager, f"eager PyTorch  {eager_text}", ORANGE),
+            (0.2, of_fused, f"FusedKDLoss  {fused_text}", BLUE),
         ):
-            axes.barh(i + offset, value / of_eager, height=0.34, color=colour)
-            axes.text(value / of_eager + 0.015, i + offset, text, verticalalignment="center", color=_GREY)
-    yardstick = measured.softmax_seconds / eager.seconds
+            part = value / of_eager
+            axes.barh(i + offset, part, height=0.34, color=colour)
+            free = max(part, yardstick) if i == 0 else part  # the yardstick stands across the bars of time
+            axes.text(free + 0.015, i + offset, text, verticalalignment="center", color=GREY)
     axes.plot([yardstick, yardstick], [-0.4, 0.4], color="black", linewidth=1.2, linestyle=":")
     axes.text(yardstick, 0.42, "one torch.softmax", verticalalignment="top", fontsize=9, color="black")
     axes.set_yticks(range(len(groups)), [group[0] for group in groups])
@@ -182,6 +185,6 @@ def _bars(axes: Axes, measured: Measured) -> None:
     axes.set_xlabel(
         f"part of what eager PyTorch takes; {measured.rows} rows x {VOCABULARY}, float32, "
         f"{torch.get_num_threads()} CPU threads",
-        color=_GREY,
+        color=GREY,
     )
     axes.set_title(f"Same loss, {finding}", loc="left", weight="bold")
