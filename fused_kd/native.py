@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.backends.rows import LogitRows, RowOptions
+from fused_kd.backends.rows import REST, LogitRows, RowOptions
 from fused_kd.divergences import with_parameters
 from fused_kd.families import AlphaBetaFamily, Family, Linear, Mixture, Variation, kernel_numbers
 
 ABI_VERSION = 4
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3}  # FkdDtype; the last of ids
 # FkdDivergence: of divergences, and of families.
-DIVERGENCES = {"forward_kl": 0, "cross_entropy": 1, "reverse_kl": 2, "logit_mse": 3, "rest": 4}
+DIVERGENCES = {"forward_kl": 0, "cross_entropy": 1, "reverse_kl": 2, "logit_mse": 3, REST: 4}
 FAMILIES: dict[type[Family], int] = {Linear: 5, Mixture: 6, AlphaBetaFamily: 8, Variation: 9}
 DONE, OUT_OF_MEMORY = -1, -2
 FORWARD, FUSED = 1, 3  # FkdVerb
@@ -66,13 +66,12 @@ def rows_of(tensor: Tensor) -> bytes:
 @functools.lru_cache(maxsize=64)
 def loss_of(options: RowOptions) -> bytes:
     """FkdLoss."""
-    family = with_parameters(options.divergence, options.parameters).family
-    code = DIVERGENCES[options.divergence] if family is None else FAMILIES[type(family)]
-    if options.divergence == "reverse_kl":
-        family = Linear(0.0)  # for a library that takes it in two sweeps
-    if isinstance(family, Mixture) and family.level != 0:
-        code += 1  # FKD_SKEWED_MIXTURE
-    numbers = options.parameters if family is None else kernel_numbers(family)
+    code, numbers = DIVERGENCES.get(options.divergence), options.parameters
+    if code is None or options.divergence == "reverse_kl":  # (the CUDA library takes reverse KL's value in two sweeps)
+        family = with_parameters(options.divergence, options.parameters).family or Linear(0.0)
+        numbers = kernel_numbers(family)
+        if code is None:
+            code = FAMILIES[type(family)] + (isinstance(family, Mixture) and family.level != 0)  # FKD_SKEWED_MIXTURE
     return _LOSS.pack(
         options.temperature,
         options.teacher_temperature,
@@ -88,7 +87,7 @@ def loss_of(options: RowOptions) -> bytes:
 def refuses(student: Tensor, teacher: Tensor) -> str | None:
     """Why no native library can take these tensors."""
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if logits.dtype not in DTYPES:
+        if logits.dtype not in DTYPES or not logits.is_floating_point():
             return f"it takes float32, bfloat16 and float16, and {name} is {logits.dtype}; the torch backend takes it"
         if logits.dim() > _MAX_DIMS + 1 and len(leading_layout(logits)) > _MAX_DIMS:
             return f"{name} has more than {_MAX_DIMS} separately strided dimensions; the torch backend takes it"
@@ -103,10 +102,14 @@ def arguments(rows: LogitRows, *rest: Tensor) -> Arguments:
 
     A library believes what it is told: `fused_kd.operands` checks what the operators are called with.
     """
-    # O(N), so a strided one (an expanded gradient) may be laid out anew.
+    # O(N), so a strided one (an expanded gradient) may be laid out anew; and so may ids.
     vectors = [vector.contiguous() for vector in (rows.targets, *rest)]
     addresses = [vector.data_ptr() for vector in vectors]
-    values = [rows_of(rows.student), rows_of(rows.teacher), addresses[0], loss_of(rows.options), *addresses[1:]]
+    teacher = rows.teacher
+    if rows.options.divergence == REST:
+        teacher = teacher.contiguous()
+        vectors.append(teacher)
+    values = [rows_of(rows.student), rows_of(teacher), addresses[0], loss_of(rows.options), *addresses[1:]]
     return values, vectors
 
 

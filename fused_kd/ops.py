@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import backends, teachers
-from fused_kd.backends.rows import Backend, LogitRows, RowOptions
+from fused_kd.backends.rows import REST, Backend, LogitRows, RowOptions
 from fused_kd.checks import check_no_overlap
 from fused_kd.gradient_memory import empty_gradient
 from fused_kd.operands import checked, register_odd_operands
@@ -78,7 +78,8 @@ def fused(
 
 
 def _backend_for(rows: LogitRows) -> Backend:
-    return backends.choose(rows.options.backend, rows.student, rows.teacher, rows.options.divergence)
+    teacher = rows.student if rows.options.divergence == REST else rows.teacher  # of ids there is nothing to refuse
+    return backends.choose(rows.options.backend, rows.student, teacher, rows.options.divergence)
 
 
 def _fake_forward(

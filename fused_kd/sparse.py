@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.backends import choose
-from fused_kd.backends.pytorch import exact_difference, hard_gradient
+from fused_kd.backends.pytorch import exact_difference, hard_gradient, row_index
 from fused_kd.backends.rows import (
     LOG_RATIO,
     NO_LABEL,
@@ -230,7 +230,9 @@ def rows_backward(
     there = out.gather(-1, ids.reshape(shape)).reshape(ids.shape)
     instead = torch.where(slots.filled.any(-1, keepdim=True), values.gather(1, first).to(out.dtype), there)
     values = torch.where(slots.filled, values.to(out.dtype), instead)
-    out.scatter_(-1, ids.reshape(shape), values.reshape(shape))
+    # (Not scatter_, which goes over all of a 16-bit tensor on the CPU.)
+    rows_of_out = row_index(torch.arange(len(ids), device=ids.device), shape[:-1])
+    out[(*(index if index is None else index.unsqueeze(1) for index in rows_of_out), ids)] = values
 
 
 def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:

@@ -108,7 +108,6 @@ struct RestSums {
 struct RestGradient {
     float from, log2, by, by_1, student_max, constant;
 };
-// s has -inf in the columns that are left out.
 RestSums block_rest_sums(Hard hard, const float* s, int n, float from, const RestScale& k);
 void block_rest_gradient(Hard hard, const float* s, int n, const RestGradient& r, float* g);  // g may be s
 void finish_stores();  // what was written past the caches is there for other threads

@@ -15,6 +15,9 @@ namespace {
 // What is at least this many bytes is in no cache when somebody reads it next.
 constexpr int64_t kLargerThanCaches = int64_t(32) << 20;
 
+// NaN where one is.
+float upper_or_nan(double a, float b) { return a >= b ? static_cast<float>(a) : a < b ? b : NAN; }
+
 struct Range {
     int64_t begin;
     int n;
@@ -189,7 +192,7 @@ class Verb {
         const Range at = range(b);
         Partial<double> piece;
         const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
-        const float max_s = block_maximum(s, at.n);
+        float max_s = of_rest_ ? 0 : block_maximum(s, at.n);
         float student_from = max_s;
         const Kept kept = keep ? kept_block(w, b) : Kept{};
         if (of_logits_) {
@@ -198,7 +201,7 @@ class Verb {
             w.moments[static_cast<size_t>(b)] += block_moments(s, t, at.n, scales_, ahead(row, b));
             piece.max_t = 0;
         } else if (of_rest_) {
-            measure_rest(row, at, s, max_s, buffers[1], piece);
+            piece.max_s = student_from = max_s = measure_rest(row, at, s, piece);
         } else if (loss_.soft) {
             const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffers[1]);
             const float max_t = block_maximum(t, at.n);
@@ -258,26 +261,38 @@ class Verb {
         w.pieces[static_cast<size_t>(b)] = piece;
     }
 
-    // The sums over the columns whose ids the teacher does not list, which lie at max_t and z_t.
-    void measure_rest(int64_t row, Range at, const float* s, float max_s, float* others, Partial<double>& piece) const {
+    // The sum over the columns whose ids the teacher does not list, z_t from max_t; and z_1 over all of them from their
+    // maximum, which it returns.
+    float measure_rest(int64_t row, Range at, const float* s, Partial<double>& piece) const {
+        int listed[kBlock + 1];  // their columns in the block, and behind the last one
+        int count = 0;
         const auto* ids = reinterpret_cast<const int64_t*>(LogitsRow(teacher_, row).address(0));
-        std::copy_n(s, at.n, others);
-        double listed = 0;  // the sum of exp(s - max_s) over those that are
-        for (int64_t i = 0; i < teacher_.columns; ++i) {
+        for (int64_t i = 0; i < teacher_.columns && count < kBlock; ++i) {
             const int64_t j = ids[i] - at.begin;
-            if (j < 0 || j >= at.n) continue;
-            others[j] = -INFINITY;
-            listed += hard_exponential<Hard::exponential>(0, s[j], max_s);
+            if (j >= 0 && j < at.n) listed[count++] = static_cast<int>(j);
         }
-        const float max_others = block_maximum(others, at.n);
-        const RestSums sums = block_rest_sums(hard_, others, at.n, max_others, RestScale(loss_.temperature));
-        piece.max_s = max_s;
-        piece.max_t = max_others;
-        piece.z_t = max_others < INFINITY ? sums.z : NAN;
-        if (hard_ == Hard::exponential)
-            piece.z_1 = labelled(row) ? block_hard_sum(s, at.n, max_s, nullptr) : 0;
-        else
-            piece.z_1 = sums.z_1 * hard_exponential<Hard::exponential>(0, max_others, max_s) + listed;
+        std::sort(listed, listed + count);
+        listed[count] = at.n;
+        const auto over_others = [&](const auto& call) {
+            for (int i = 0, begin = 0; i <= count; begin = listed[i++] + 1)
+                if (begin < listed[i]) call(s + begin, listed[i] - begin);
+        };
+        const RestScale k(loss_.temperature);
+        piece.max_t = kLowest;
+        over_others([&](const float* x, int n) { piece.max_t = upper_or_nan(piece.max_t, block_maximum(x, n)); });
+        float max_s = static_cast<float>(piece.max_t);
+        for (int i = 0; i < count; ++i) max_s = upper_or_nan(max_s, s[listed[i]]);
+        double z_1 = 0;
+        over_others([&](const float* x, int n) {
+            const RestSums sums = block_rest_sums(hard_, x, n, static_cast<float>(piece.max_t), k);
+            piece.z_t += sums.z;
+            z_1 += sums.z_1;
+        });
+        z_1 *= hard_exponential<Hard::exponential>(0, static_cast<float>(piece.max_t), max_s);
+        for (int i = 0; i < count; ++i) z_1 += hard_exponential<Hard::exponential>(0, s[listed[i]], max_s);
+        piece.z_1 = hard_ != Hard::exponential ? z_1 : labelled(row) ? block_hard_sum(s, at.n, max_s, nullptr) : 0;
+        if (!(piece.max_t < INFINITY)) piece.z_t = NAN;
+        return max_s;
     }
 
     // log R, and its stats (REST of fused_kd/backends/rows.py); and the sums of the hard term, in `total`.
@@ -314,7 +329,7 @@ class Verb {
             total = w.pieces[0];
             for (size_t b = 1; b < w.pieces.size(); ++b) total = merge(total, w.pieces[b], scales_);
         }
-        stats[FKD_GROWTH] = stats[FKD_TOP] = 0;
+        std::fill_n(stats, int{FKD_STATS}, 0.0f);
         if (target != FKD_SKIP && of_logits_) {
             Moments<double> moments;
             for (const Moments<double>& x : w.moments) moments += x;
@@ -375,7 +390,7 @@ class Verb {
     }
 
     void other_gradient(int64_t row, Range at, const GradientScales& r, Output g) const {
-        float buffers[3][kBlock];
+        float buffers[3][kBlock + 96];  // at different places of their pages: loads would wait for stores
         const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
         const bool there = g.dtype == FKD_FLOAT32 && !g.past_caches;
         float* out = there ? static_cast<float*>(g.data) : buffers[2];

@@ -75,7 +75,7 @@ def _chunks(rows: LogitRows) -> Iterator["_Chunk"]:
         yield kind(rows, torch.arange(begin, min(begin + step, rows.number), device=rows.student.device))
 
 
-def _index_of(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor | None, ...]:
+def row_index(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor | None, ...]:
     """What indexes these rows alone, whatever the strides; a reshape could copy the whole tensor."""
     index = []
     for size in reversed(sizes):  # torch.unravel_index would make a GPU wait for numbers from the CPU
@@ -89,10 +89,10 @@ class _Chunk:
 
     def __init__(self, rows: LogitRows, span: Tensor) -> None:
         self.options, self.span, self.columns = o, _, columns = rows.options, span, rows.columns
-        self.index = _index_of(span, rows.student.shape[:-1])
+        self.index = row_index(span, rows.student.shape[:-1])
         self.scale = 1 / o.temperature
         self.s = rows.student[..., :columns][self.index]
-        self._take(rows.teacher[_index_of(span, rows.teacher.shape[:-1])], row_dtype(rows.student, rows.teacher))
+        self._take(rows.teacher[row_index(span, rows.teacher.shape[:-1])], row_dtype(rows.student, rows.teacher))
         target = rows.targets[span]
         self.counted = target != SKIP
         self.labelled = self.counted & (target != NO_LABEL)

@@ -104,11 +104,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def lacks(divergence: str) -> str | None:
-    """What a backend says that has the divergences of one visit alone."""
-    if divergence in ("forward_kl", "cross_entropy"):
-        return None
-    return f"it does not have the divergence {divergence!r} yet; the torch backend has"
+def lacks_rest(divergence: str) -> str | None:
+    """What a backend says that has no kernel for REST."""
+    return "it does not take a SparseTeacher; the torch backend does" if divergence == REST else None
 
 
 def row_dtype(*logits: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends.rows import STATS, LogitRows, RowOptions, check_targets
+from fused_kd.backends.rows import STATS, LogitRows, RowOptions, check_targets, lacks_rest
 from fused_kd.divergences import Divergence, LogitMSE, ReverseKL, with_parameters
 from fused_kd.families import AlphaBetaFamily, Linear, Mixture, Variation, kernel_numbers
 from fused_kd.native import leading_layout
@@ -131,7 +131,7 @@ def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
             return f"{name} has more than {_MAX_DIMS} separately strided dimensions; the torch backend takes it"
         if logits.shape[-1] > _MAX_COLUMNS:
             return f"{name} has more than {_MAX_COLUMNS} columns; the torch backend takes it"
-    return None
+    return lacks_rest(divergence)
 
 
 @functools.cache
