@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import INF, assert_loss, both, gradient_bound, make_labels, make_logits, make_normal
+from support import INF, assert_loss, both, gradient_bound, make_labels, make_logits, make_normal, parts
 from test_divergences import ONE_OF_EACH, gradient_error_bound
 from test_memory import Allocations
 from torch import Tensor
@@ -88,7 +88,7 @@ def check_gradient(
 @pytest.mark.parametrize(("missing", "divergence"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_value_and_gradient(dtype: torch.dtype, missing: str, divergence: Divergence) -> None:
-    for kind in ("wide", "peaked", "close", "big"):
+    for kind in ("wide", "peaked", "close", "big") if dtype == torch.float32 else ("wide",):
         student, teacher = make_logits(kind, 5, 400)
         for k, tau in ((1, 2.0), (17, 3.0)):
             sparse_teacher = make_teacher(teacher, k, tau, missing)
@@ -440,6 +440,18 @@ def test_transforms() -> None:
     torch.testing.assert_close(torch.func.vmap(loss)(*arguments), torch.stack([x for x, _ in rows]))
     gradients = torch.func.vmap(torch.func.grad(loss))(*arguments)
     torch.testing.assert_close(gradients, torch.stack([x for _, x in rows]))
+
+
+def test_nothing_waits_for_a_gpu() -> None:
+    """Tensors without values in the place of a GPU's: reading one would raise."""
+    student, logits = make_logits("wide", 3, 4, 50)
+    top = SparseTeacher.from_logits(logits, 5)
+    teacher = SparseTeacher(top.ids.to("meta"), top.log_probs.to("meta"))
+    labels = make_labels(3, 4, vocabulary=50).to("meta")
+    for options in ({}, {"reduction": "none", "shift": True}, {"return_parts": True, "entropies": True}):
+        leaf = student.to("meta").requires_grad_()
+        loss = parts(fused_kd_loss(leaf, teacher, labels, label_smoothing=0.1, **options))
+        assert torch.autograd.grad(loss.sum(), leaf)[0].shape == student.shape
 
 
 def test_operators() -> None:
