@@ -321,20 +321,21 @@ def test_skipped_rows_are_not_looked_at() -> None:
         assert (one[[1, 3]] == 0).all()
 
 
-def test_what_is_not_finite_stays_in_its_row() -> None:
+@pytest.mark.parametrize("missing", MISSING)
+def test_what_is_not_finite_stays_in_its_row(missing: Any) -> None:
     student, teacher = make_logits("wide", 4, 30)
-    top = SparseTeacher.from_logits(teacher, 3)
-    for bad_id in (True, False):
+    top = SparseTeacher.from_logits(teacher, 3, 1.0, missing)
+    other = next(j for j in range(30) if j not in top.ids[1])
+    for column in (int(top.ids[1, 0]), other):
         for value in (NAN, INF):
             changed = student.clone()
-            other = next(j for j in range(30) if j not in top.ids[1])
-            changed[1, top.ids[1, 0] if bad_id else other] = value
+            changed[1, column] = value
             loss, gradient = rows_of(changed, top)
-            assert loss.isnan().tolist() == [False, True, False, False]
+            assert loss.isnan().tolist() == [False, True, False, False], (column, value)
             assert gradient.isnan().all(-1).tolist() == gradient.isnan().any(-1).tolist() == [False, True, False, False]
     log_probs = top.log_probs.clone()
     log_probs[2, 1] = NAN
-    loss, gradient = rows_of(student, SparseTeacher(top.ids, log_probs))
+    loss, gradient = rows_of(student, SparseTeacher(top.ids, log_probs, missing))
     assert loss.isnan().tolist() == gradient.isnan().all(-1).tolist() == [False, False, True, False]
 
 
