@@ -10,6 +10,7 @@ that piece's teacher for the row verbs of `fused_kd.backends`; the backward writ
 no part in them, whatever it holds.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import get_args
@@ -34,7 +35,7 @@ from fused_kd.options import Ensemble
 
 ENSEMBLES: tuple[str, ...] = get_args(Ensemble)
 
-_PIECE = 1 << 20  # elements of the combined logits
+_PIECE = 1 << 18  # elements of the combined logits
 _PIECE_ON_A_GPU = 1 << 24  # few rows would not fill one
 
 
@@ -63,9 +64,11 @@ def combined(
     base = zero
     if not level:
         base = sum((torch.where(w == 0, zero, w * x) for w, x in zip(shares, log_sums, strict=True)), zero)
-    mean = -torch.inf * torch.ones_like(zero)
-    for x, w, log_sum in zip(scaled, shares, log_sums, strict=True):
-        mean = torch.logaddexp(mean, torch.where(w == 0, -torch.inf, x + (w.log() - log_sum + base)))
+    first, *more = (
+        torch.where(w == 0, -torch.inf, x + (w.log() - log_sum + base))
+        for x, w, log_sum in zip(scaled, shares, log_sums, strict=True)
+    )
+    mean = functools.reduce(torch.logaddexp, more, first)
     return (mean * temperature).to(dtype)
 
 

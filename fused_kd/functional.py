@@ -90,8 +90,8 @@ def fused_kd_loss(
         teacher_logits: [..., V] with the same leading shape, on the same device; its dtype may differ. Several
             teachers: a list of such tensors, whose distributions' mean is p. They are combined for a few rows at a
             time; with a float32 student in float64, by the torch backend. Or a `SparseTeacher`: a few
-            log-probabilities a position, at the teacher's temperature, so that `teacher_temperature` stays None; the
-            student is float32 then too where these are float64.
+            log-probabilities a position, at the teacher's temperature, so that `teacher_temperature` stays None. The
+            loss is then float64 only if the student is.
         labels: the logits' leading shape, int64. None needs hard_weight == 0.
         temperature: tau of both softmaxes of the soft term, between 1e-10 and 1e10.
         alpha: weight of the soft term, in [0, 1] unless hard_weight is given.

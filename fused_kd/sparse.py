@@ -314,7 +314,7 @@ def _of_classes(x: Tensor, rest: Tensor, log_p: Tensor, kind: str, divergence: D
     """The divergence [N], and its gradient [N, k + 1] in the logarithms of the student's masses: x [N, k] of the ids,
     -inf where empty, and `rest` [N] of all other columns."""
     if kind == "both":
-        rest = torch.full_like(rest, -torch.inf)
+        rest = torch.where(rest.isnan(), rest, -torch.inf)  # (a row with a NaN is NaN, wherever it is)
     log_q = torch.cat([x, rest.unsqueeze(1)], -1)
     log_q = log_q - log_q.logsumexp(-1, keepdim=True)
     p, q = log_p.exp(), log_q.exp()

@@ -9,15 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, INF, assert_loss, both, gradient_bound, make_labels, make_logits, make_normal
-from test_divergences import KINDS, ONE_OF_EACH, gradient_error_bound
+from support import DTYPES, INF, assert_loss, both, gradient_bound, make_labels, make_logits, make_normal, parts
+from test_divergences import ONE_OF_EACH, gradient_error_bound
 from test_memory import Allocations
 from torch import Tensor
 
 from fused_kd import FusedKDLoss, KDLossOutput, ensemble, fused_kd_loss, ops
 from fused_kd.backends import PREFERENCE, pytorch
 from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions
-from fused_kd.divergences import JSD, Divergence, ReverseKL, SymmetricKL
+from fused_kd.divergences import JSD, Divergence, ForwardKL, LogitMSE, ReverseKL, SymmetricKL
 from fused_kd.ensemble import ENSEMBLES, pieces
 from fused_kd.reference import kd_loss
 
@@ -53,11 +53,11 @@ def check_rows(
     assert (error <= bound).all(), f"{(error / bound).max():.3g} times the bound"
 
 
-@pytest.mark.parametrize("divergence", KINDS, ids=repr)
+@pytest.mark.parametrize("divergence", [*ONE_OF_EACH, LogitMSE(centred=False)], ids=repr)
 @pytest.mark.parametrize("kind", ENSEMBLES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_value_and_gradient(dtype: torch.dtype, kind: str, divergence: Divergence, small_pieces: None) -> None:
-    for logits in ("wide", "peaked", "close", "big"):
+    for logits in ("wide", "peaked", "close", "big") if dtype == torch.float32 else ("wide",):
         student, teachers = make_teachers(logits, 4, 700, dtype=dtype)
         check_rows(student, teachers, divergence, kind, 3.0, teacher_weights=[0.5, 3, 1.0])
 
@@ -66,34 +66,36 @@ def test_the_native_kernels_take_the_pieces_of_a_student_of_16_bits(backend: str
     for kind in ENSEMBLES:
         for dtype in (torch.bfloat16, torch.float16):
             student, teachers = make_teachers("wide", 3, 4, 700, dtype=dtype)
-            check_rows(student, teachers, KINDS[0], kind, 2.0, backend=backend)
+            check_rows(student, teachers, ForwardKL(), kind, 2.0, backend=backend)
 
 
 @functools.cache
 def large(kind: str, tau: float) -> tuple[Tensor, list[Tensor]]:
     """What a student would have to be, and its teachers."""
-    (first, second), (third, _) = make_normal(1, 151936, seed=3), make_normal(1, 151936, seed=4)
-    teachers = [first * 3, first * 3 + third, first * 3 + second]
-    weights = torch.full((1, 3), 1 / 3)
+    (first, _), (third, _) = make_normal(1, 151936, seed=3), make_normal(1, 151936, seed=4)
+    teachers = [first * 3, first * 3 + third]
+    weights = torch.full((1, 2), 1 / 2)
     return ensemble.combined(teachers, weights, kind, tau, torch.float32, level=False), teachers
 
 
-NEAR = [("arithmetic", divergence) for divergence in ONE_OF_EACH] + [("geometric", JSD())]
+EACH = [("arithmetic", divergence) for divergence in ONE_OF_EACH] + [("geometric", JSD())]
 
 
-@pytest.mark.parametrize(("kind", "divergence"), NEAR, ids=str)
+@pytest.mark.parametrize(("kind", "divergence"), EACH, ids=str)
 def test_a_nearly_converged_student(kind: str, divergence: Divergence) -> None:
     noise, _ = make_normal(1, 151936, seed=7)
-    for sigma, tau in ((0.01, 1.0), (0.05, 100.0)):
+    for sigma, tau in ((0.01, 100.0), (0.05, 1.0)):
+        if sigma == 0.05 and not isinstance(divergence, ForwardKL | JSD):
+            continue
         student, teachers = large(kind, tau)
         check_rows(student + sigma * noise, teachers, divergence, kind, tau)
 
 
 @pytest.mark.parametrize("kind", ENSEMBLES)
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "logit_mse"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "logit_mse"])
 def test_a_nearly_converged_student_of_16_bits(divergence: Any, kind: str) -> None:
     """Its teachers' combined logits are rounded to float32."""
-    noise, base = make_normal(1, 50000, seed=3)
+    noise, base = make_normal(1, 20000, seed=3)
     for tau in (1.0, 100.0):
         student = (base * 3 + 0.01 * noise).bfloat16()
         teachers = [base * 3 + 0.001 * noise, (base * 3).half(), base * 3 + 40]
@@ -104,8 +106,7 @@ def test_a_nearly_converged_student_of_16_bits(divergence: Any, kind: str) -> No
         assert (gradient.double() - exact).norm() <= gradient_bound(exact, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", ENSEMBLES)
-@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=repr)
+@pytest.mark.parametrize(("kind", "divergence"), EACH, ids=str)
 @pytest.mark.parametrize(
     "options",
     [
@@ -158,7 +159,7 @@ def calls(draw: st.DrawFn) -> tuple[Tensor, list[Tensor], Tensor, dict[str, Any]
 
 
 @given(call=calls(), rows=st.integers(1, 20))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=75, deadline=None, derandomize=True)
 def test_anything(call: tuple[Any, ...], rows: int) -> None:
     student, teachers, labels, options = call
     with pytest.MonkeyPatch.context() as patch:
@@ -372,6 +373,17 @@ def test_backward_twice_and_upstream_gradients() -> None:
     assert torch.equal(first, second)
     (plain,) = torch.autograd.grad(loss, leaf, torch.ones(4))
     torch.testing.assert_close(first, plain * upstream.unsqueeze(1))
+
+
+def test_nothing_waits_for_a_gpu() -> None:
+    """Tensors without values in the place of a GPU's: reading one would raise."""
+    student, teachers = make_teachers("wide", 3, 4, 50)
+    teacher: Any = [x.to("meta") for x in teachers]
+    labels = make_labels(3, 4, vocabulary=50).to("meta")
+    for options in ({}, {"reduction": "none", "shift": True}, {"return_parts": True, "entropies": True}):
+        leaf = student.to("meta").requires_grad_()
+        loss = parts(fused_kd_loss(leaf, teacher, labels, label_smoothing=0.1, **options))
+        assert torch.autograd.grad(loss.sum(), leaf)[0].shape == student.shape
 
 
 def test_operators() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import INF, assert_loss, both, gradient_bound, make_labels, make_logits, make_normal
+from support import INF, assert_loss, both, gradient_bound, make_labels, make_logits, make_normal, parts
 from test_divergences import ONE_OF_EACH, gradient_error_bound
 from test_memory import Allocations
 from torch import Tensor
@@ -101,7 +101,7 @@ def check_gradient(
 @pytest.mark.parametrize(("missing", "divergence"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_value_and_gradient(dtype: torch.dtype, missing: str, divergence: Divergence) -> None:
-    for kind in ("wide", "peaked", "close", "big"):
+    for kind in ("wide", "peaked", "close", "big") if dtype == torch.float32 else ("wide",):
         student, teacher = make_logits(kind, 5, 400)
         for k, tau in ((1, 2.0), (17, 3.0)):
             sparse_teacher = make_teacher(teacher, k, tau, missing)
@@ -334,20 +334,21 @@ def test_skipped_rows_are_not_looked_at() -> None:
         assert (one[[1, 3]] == 0).all()
 
 
-def test_what_is_not_finite_stays_in_its_row() -> None:
+@pytest.mark.parametrize("missing", MISSING)
+def test_what_is_not_finite_stays_in_its_row(missing: Any) -> None:
     student, teacher = make_logits("wide", 4, 30)
-    top = SparseTeacher.from_logits(teacher, 3)
-    for bad_id in (True, False):
+    top = SparseTeacher.from_logits(teacher, 3, 1.0, missing)
+    other = next(j for j in range(30) if j not in top.ids[1])
+    for column in (int(top.ids[1, 0]), other):
         for value in (NAN, INF):
             changed = student.clone()
-            other = next(j for j in range(30) if j not in top.ids[1])
-            changed[1, top.ids[1, 0] if bad_id else other] = value
+            changed[1, column] = value
             loss, gradient = rows_of(changed, top)
-            assert loss.isnan().tolist() == [False, True, False, False]
+            assert loss.isnan().tolist() == [False, True, False, False], (column, value)
             assert gradient.isnan().all(-1).tolist() == gradient.isnan().any(-1).tolist() == [False, True, False, False]
     log_probs = top.log_probs.clone()
     log_probs[2, 1] = NAN
-    loss, gradient = rows_of(student, SparseTeacher(top.ids, log_probs))
+    loss, gradient = rows_of(student, SparseTeacher(top.ids, log_probs, missing))
     assert loss.isnan().tolist() == gradient.isnan().all(-1).tolist() == [False, False, True, False]
 
 
@@ -453,6 +454,18 @@ def test_transforms() -> None:
     torch.testing.assert_close(torch.func.vmap(loss)(*arguments), torch.stack([x for x, _ in rows]))
     gradients = torch.func.vmap(torch.func.grad(loss))(*arguments)
     torch.testing.assert_close(gradients, torch.stack([x for _, x in rows]))
+
+
+def test_nothing_waits_for_a_gpu() -> None:
+    """Tensors without values in the place of a GPU's: reading one would raise."""
+    student, logits = make_logits("wide", 3, 4, 50)
+    top = SparseTeacher.from_logits(logits, 5)
+    teacher = SparseTeacher(top.ids.to("meta"), top.log_probs.to("meta"))
+    labels = make_labels(3, 4, vocabulary=50).to("meta")
+    for options in ({}, {"reduction": "none", "shift": True}, {"return_parts": True, "entropies": True}):
+        leaf = student.to("meta").requires_grad_()
+        loss = parts(fused_kd_loss(leaf, teacher, labels, label_smoothing=0.1, **options))
+        assert torch.autograd.grad(loss.sum(), leaf)[0].shape == student.shape
 
 
 def test_operators() -> None:
