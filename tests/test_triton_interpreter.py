@@ -279,6 +279,7 @@ def test_bits_do_not_depend_on_where_rows_lie(
 
 # Every other divergence. test_divergences.py has more, and runs on these kernels with TRITON_INTERPRET=1.
 OTHERS = [kind for kind in KINDS if not isinstance(kind, (ForwardKL, CrossEntropy))]
+OTHERS += [JSD(1e-4), AlphaDivergence(0.9999)]  # whose careful expressions all count
 
 
 @interpreted

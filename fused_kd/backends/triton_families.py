@@ -134,6 +134,11 @@ def terms(column, at, scalars, SWITCHES: tl.constexpr):
 
 
 @triton.jit
+def minus(x):
+    return x * -1.0  # (For -x Triton 3.6 takes 0 - x, and that is an instruction.)
+
+
+@triton.jit
 def polynomial(d, of, FIRST: tl.constexpr):
     """Of degree 5, its coefficients from number FIRST on."""
     value = of[FIRST + 5]
@@ -169,7 +174,7 @@ def mixture_terms(column, of, LEVEL: tl.constexpr, SWITCHES: tl.constexpr):
     capped = tl.minimum(tl.maximum(d, -LARGE), LARGE)
     share_of_smaller = tl.where(d > 0, share, 1 - share)
     ratio = tl.exp2(tl.abs(capped) * -LOG2E)
-    less = tl.fma(ratio, share_of_smaller, -share_of_smaller)
+    less = tl.fma(ratio, share_of_smaller, minus(share_of_smaller))
     w = 1 + less  # m / max(p, q)
     if SWITCHES.careful:
         w = tl.fma(ratio, share_of_smaller, tl.where(d > 0, 1 - share, share))
@@ -177,16 +182,16 @@ def mixture_terms(column, of, LEVEL: tl.constexpr, SWITCHES: tl.constexpr):
     if SWITCHES.careful:
         log_w = tl.where(less > LOG_REACH, log1p(less), log2_w * LN2)
         log_q = tl.minimum(capped, 0.0) - log_w  # log(q / m)
-        log_p = tl.minimum(-capped, 0.0) - log_w
+        log_p = tl.minimum(minus(capped), 0.0) - log_w
     else:
         log_q = tl.fma(log2_w, -LN2, tl.minimum(capped, 0.0))
-        log_p = tl.fma(log2_w, -LN2, tl.minimum(-capped, 0.0))
+        log_p = tl.fma(log2_w, -LN2, tl.minimum(minus(capped), 0.0))
     c = of_q * (q * log_q)
     v = tl.fma(of_p, p * log_p, c)
     if LEVEL:
         level = of_p * (1 - share) - of_q * share
         v = tl.fma(level, q - p, v)
-        c = tl.fma(level, tl.fma(-tl.minimum(p, q), tl.exp2(-log2_w), q), c)
+        c = tl.fma(level, tl.fma(minus(tl.minimum(p, q)), tl.exp2(minus(log2_w)), q), c)
     return or_near(v, c, p, d, of)
 
 
@@ -223,7 +228,7 @@ def variation_terms(column):
     p, q, d, _, _ = column
     near = p * d * tl.fma(d, tl.fma(d, tl.fma(d, 1 / 24, 1 / 6), 0.5), 1.0)
     change = tl.where(tl.abs(d) < 0.125, near, q - p)
-    return tl.abs(change), tl.where(d > 0, q, tl.where(d < 0, -q, 0.0))
+    return tl.abs(change), tl.where(d > 0, q, tl.where(d < 0, minus(q), 0.0))
 
 
 @triton.jit
