@@ -232,7 +232,8 @@ def rows_backward(
     values = torch.where(slots.filled, values.to(out.dtype), instead)
     # (Not scatter_, which goes over all of a 16-bit tensor on the CPU.)
     rows_of_out = row_index(torch.arange(len(ids), device=ids.device), shape[:-1])
-    out[(*(index if index is None else index.unsqueeze(1) for index in rows_of_out), ids)] = values
+    index = *(x if x is None else x.unsqueeze(1) for x in rows_of_out), ids
+    out[index] = values
 
 
 def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:

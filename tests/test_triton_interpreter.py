@@ -27,6 +27,7 @@ from support import (
     check_where_rows_lie,
     make_labels,
     make_logits,
+    make_normal,
 )
 from test_divergences import KINDS, ONE_OF_EACH, check_rows, gradient_error_bound
 
@@ -278,6 +279,7 @@ def test_bits_do_not_depend_on_where_rows_lie(
 
 # Every other divergence. test_divergences.py has more, and runs on these kernels with TRITON_INTERPRET=1.
 OTHERS = [kind for kind in KINDS if not isinstance(kind, (ForwardKL, CrossEntropy))]
+OTHERS += [JSD(1e-4), AlphaDivergence(0.9999)]  # whose careful expressions all count
 
 
 @interpreted
@@ -316,6 +318,29 @@ def test_a_divergence_with_the_options(options: dict[str, Any], divergence: Dive
     )
     assert_loss(loss, expected)
     assert (gradient.double() - exact).norm() <= 5e-6 * exact.norm()
+
+
+@interpreted
+@pytest.mark.parametrize("divergence", [JSD(), TotalVariation(), AlphaDivergence(0.5), AlphaDivergence(0.1)], ids=repr)
+def test_a_student_that_is_sure_and_wrong(divergence: Divergence) -> None:
+    """In its column c and q G are all but equal: the others' sums have the gradient."""
+    teacher, student = make_normal(2, 600, seed=1)
+    student[:, 5] = torch.tensor([15.0, 20.0])
+    options: dict[str, Any] = {"alpha": 1.0, "reduction": "none", "temperature": 1.0, "divergence": divergence}
+    loss, gradient, expected, exact = both(student, teacher, None, backend="triton", **options)
+    assert_loss(loss, expected)
+    assert ((gradient.double() - exact).norm(dim=-1) <= 5e-6 * exact.norm(dim=-1)).all()
+
+
+@interpreted
+def test_a_power_of_q_may_be_far_above_those_of_p() -> None:
+    teacher, student = make_normal(1, LONG, seed=1)
+    student[0, 5] = 30.0
+    loss, gradient, expected, _ = both(
+        student, teacher / 10, None, divergence=AlphaBeta(6.0, 5.0), alpha=1.0, temperature=1.0, backend="triton"
+    )
+    assert_loss(loss, expected)
+    assert gradient.isfinite().all()
 
 
 @interpreted

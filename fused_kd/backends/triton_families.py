@@ -42,6 +42,7 @@ class Measured(NamedTuple):
     log2_by: tl.tensor  # log2(by_s / by_t)
     log_ratio: tl.tensor  # what to take off delta
     scale: tl.tensor  # in which `terms` measures v and c
+    below: tl.tensor  # log2(by_t^k / scale), k as in `alpha_beta_terms`
 
 
 class Column(NamedTuple):
@@ -83,14 +84,18 @@ def measured(stats, scalars, SWITCHES: tl.constexpr):
     log_ratio = -stats.top if SWITCHES.family == "reverse_kl" else stats.log_ratio
     if not SWITCHES.exact:
         log_ratio += (rest_s - rest_t) * LN2
-    scale = by_t * 0 + 1.0
+    scale, below = by_t * 0 + 1.0, by_t * 0
     if SWITCHES.family == "alpha_beta":
-        scale = tl.exp2((scalars.family[0] + scalars.family[1]) * tl.log2(by_t))
+        # by_t^k, unless q^k may be too large for that unit.
+        power_t = (scalars.family[0] + scalars.family[1]) * tl.log2(by_t)
+        unit = tl.maximum(power_t, -64.0)
+        scale, below = tl.exp2(unit), power_t - unit
     elif SWITCHES.family == "alpha":
         scale = by_t
     elif SWITCHES.family == "variation":
         scale *= 0.5
-    return Measured(stats.point_s, stats.point_t, apart, then, by_s, by_t, tl.log2(by_s / by_t), log_ratio, scale)
+    log2_by = tl.log2(by_s / by_t)
+    return Measured(stats.point_s, stats.point_t, apart, then, by_s, by_t, log2_by, log_ratio, scale, below)
 
 
 @triton.jit
@@ -119,12 +124,18 @@ def terms(column, at, scalars, SWITCHES: tl.constexpr):
         v, c = alpha_beta_terms(column, tl.exp2(column.x_t), column.q * (1 / at.by_t), of, at, SWITCHES)
     elif SWITCHES.family == "alpha_beta":
         k = of[0] + of[1]
-        of_q = tl.exp2(tl.fma(column.x_s, k, k * at.log2_by))
-        v, c = alpha_beta_terms(column, tl.exp2(column.x_t * k), of_q, of, at, SWITCHES)
+        of_p = tl.exp2(tl.fma(column.x_t, k, at.below))
+        of_q = tl.exp2(tl.fma(column.x_s, k, k * at.log2_by + at.below))
+        v, c = alpha_beta_terms(column, of_p, of_q, of, at, SWITCHES)
     else:
         tl.static_assert(SWITCHES.family == "variation")
         v, c = variation_terms(column)
     return v, c
+
+
+@triton.jit
+def minus(x):
+    return x * -1.0  # (For -x Triton 3.6 takes 0 - x, and that is an instruction.)
 
 
 @triton.jit
@@ -162,31 +173,35 @@ def mixture_terms(column, of, LEVEL: tl.constexpr, SWITCHES: tl.constexpr):
     share, of_p, of_q = of[0], of[1], of[2]
     capped = tl.minimum(tl.maximum(d, -LARGE), LARGE)
     share_of_smaller = tl.where(d > 0, share, 1 - share)
-    less = tl.fma(tl.exp2(tl.abs(capped) * -LOG2E), share_of_smaller, -share_of_smaller)
-    log2_w = near_log2(1 + less, SWITCHES)  # w = m / max(p, q)
+    ratio = tl.exp2(tl.abs(capped) * -LOG2E)
+    less = tl.fma(ratio, share_of_smaller, minus(share_of_smaller))
+    w = 1 + less  # m / max(p, q)
+    if SWITCHES.careful:
+        w = tl.fma(ratio, share_of_smaller, tl.where(d > 0, 1 - share, share))
+    log2_w = near_log2(w, SWITCHES)
     if SWITCHES.careful:
         log_w = tl.where(less > LOG_REACH, log1p(less), log2_w * LN2)
         log_q = tl.minimum(capped, 0.0) - log_w  # log(q / m)
-        log_p = tl.minimum(-capped, 0.0) - log_w
+        log_p = tl.minimum(minus(capped), 0.0) - log_w
     else:
         log_q = tl.fma(log2_w, -LN2, tl.minimum(capped, 0.0))
-        log_p = tl.fma(log2_w, -LN2, tl.minimum(-capped, 0.0))
+        log_p = tl.fma(log2_w, -LN2, tl.minimum(minus(capped), 0.0))
     c = of_q * (q * log_q)
     v = tl.fma(of_p, p * log_p, c)
     if LEVEL:
         level = of_p * (1 - share) - of_q * share
         v = tl.fma(level, q - p, v)
-        c = tl.fma(level, tl.fma(-tl.minimum(p, q), tl.exp2(-log2_w), q), c)
+        c = tl.fma(level, tl.fma(minus(tl.minimum(p, q)), tl.exp2(minus(log2_w)), q), c)
     return or_near(v, c, p, d, of)
 
 
 @triton.jit
 def alpha_beta_terms(column, of_p, of_q, of, at, SWITCHES: tl.constexpr):
-    """`of_p`, `of_q`: p^k and q^k, k = a + b, from where p^k is 1 at the teacher's point."""
+    """`of_p`, `of_q`: p^k and q^k, k = a + b."""
     d = column.d
     a, b = of[0], of[1]
     k = a + b
-    both = tl.exp2(tl.fma(column.x_t, a, tl.fma(column.x_s, b, b * at.log2_by)))
+    both = tl.exp2(tl.fma(column.x_t, a, tl.fma(column.x_s, b, b * at.log2_by + at.below)))
     if SWITCHES.careful:
         # With base the larger of p^k and q^k, they and p^a q^b are base times 1, exp(-a |d|) and exp(-b |d|).
         base = tl.maximum(of_p, of_q)
@@ -213,7 +228,7 @@ def variation_terms(column):
     p, q, d, _, _ = column
     near = p * d * tl.fma(d, tl.fma(d, tl.fma(d, 1 / 24, 1 / 6), 0.5), 1.0)
     change = tl.where(tl.abs(d) < 0.125, near, q - p)
-    return tl.abs(change), tl.where(d > 0, q, tl.where(d < 0, -q, 0.0))
+    return tl.abs(change), tl.where(d > 0, q, tl.where(d < 0, minus(q), 0.0))
 
 
 @triton.jit
