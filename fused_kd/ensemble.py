@@ -120,8 +120,7 @@ def check_teacher(student: Tensor, teacher: Sequence[Tensor]) -> None:
 def row_dtypes(student: Tensor, teacher: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, int]:
     """The dtype of vectors with one number a row; that of stats, and how many numbers these have a row."""
     _, *teachers = teacher
-    combination = torch.empty((), dtype=combined_dtype(student, teachers), device="meta")
-    return row_dtype(student, *teachers), row_dtype(student, combination), STATS
+    return row_dtype(student, *teachers), combined_dtype(student, teachers), STATS
 
 
 def rows_forward(
@@ -130,9 +129,8 @@ def rows_forward(
     dtype, stats_dtype, width = row_dtypes(student, teacher)
     soft, hard = (student.new_empty(targets.numel(), dtype=dtype) for _ in range(2))
     stats = student.new_empty((targets.numel(), width), dtype=stats_dtype)
-    check_targets(
-        LogitRows(student, common_columns(student, teacher[1:]), targets, options)
-    )  # a piece's row has another number
+    # All of them: in a piece a row has another number.
+    check_targets(LogitRows(student, common_columns(student, teacher[1:]), targets, options))
     for backend, rows, _, span in _pieces(student, teacher, targets, kind, options):
         soft[span], hard[span], stats[span] = backend.rows_forward(rows)
     return soft, hard, stats
