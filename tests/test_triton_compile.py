@@ -53,7 +53,7 @@ LIMITS |= {
     "sweep, skew KL": (56.5, 4.0),
     "sweep, total variation": (29.5, 2.0),
     "sweep, alpha": (41.5, 3.0),
-    "sweep, alpha, 0.1": (64.5, 4.0),
+    "sweep, alpha, 0.1": (66.5, 4.0),
     "sweep, alpha-beta": (43.5, 4.0),
     "sweep, logit MSE": (22, 0.0),
     "backward, reverse KL": (13.5, 1.0),
@@ -63,7 +63,7 @@ LIMITS |= {
     "backward, skew KL": (41.5, 4.0),
     "backward, total variation": (18.5, 1.0),
     "backward, alpha": (29.5, 3.0),
-    "backward, alpha, 0.1": (47, 4.0),
+    "backward, alpha, 0.1": (50, 4.0),
     "backward, alpha-beta": (31.5, 4.0),
     "backward, logit MSE": (13.5, 0.0),
 }

@@ -201,7 +201,6 @@ def alpha_beta_terms(column, of_p, of_q, of, at, SWITCHES: tl.constexpr):
     d = column.d
     a, b = of[0], of[1]
     k = a + b
-    both = tl.exp2(tl.fma(column.x_t, a, tl.fma(column.x_s, b, b * at.log2_by + at.below)))
     if SWITCHES.careful:
         # With base the larger of p^k and q^k, they and p^a q^b are base times 1, exp(-a |d|) and exp(-b |d|).
         base = tl.maximum(of_p, of_q)
@@ -217,7 +216,9 @@ def alpha_beta_terms(column, of_p, of_q, of, at, SWITCHES: tl.constexpr):
         v *= base * (1 / k)
         by_a, drop_b = tl.where(a < b, by_small, by_large), tl.where(a < b, drop_large, drop_small)
         c = tl.where(above, by_a, (drop_b - 1) * by_a) * base
+        both = tl.fma(-base, tl.where(led_by_small, drop_small, drop_large), base)
     else:
+        both = tl.exp2(tl.fma(column.x_t, a, tl.fma(column.x_s, b, b * at.log2_by + at.below)))
         c = (of_q - both) * (1 / a)
         v = tl.fma(of_p - both, 1 / (b * k), c * (1 / k))
     return or_near(v, c, both, d, of)
