@@ -168,9 +168,8 @@ def compiled(
 
 def bound(code: Code, gpu: Gpu, bytes_per_pair: int) -> float:
     """The largest share of the memory bandwidth at which instructions and exponentials keep up."""
-    instructions = gpu.instructions / code.per_pair()
-    exponentials = gpu.exponentials / code.per_pair(*EXPONENTIALS)
-    return min(instructions, exponentials) / gpu.pairs_per_clock(bytes_per_pair)
+    clocks = max(code.per_pair() / gpu.instructions, code.per_pair(*EXPONENTIALS) / gpu.exponentials)
+    return 1 / clocks / gpu.pairs_per_clock(bytes_per_pair)
 
 
 def bytes_per_pair(variant: str, dtype: str) -> int:
