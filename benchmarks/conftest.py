@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from contenders import COPY, SHAPES, YARDSTICK
+from contenders import COPY, SHAPES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,17 +40,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         on_gpu = torch.cuda.is_available()
         place = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
         terminalreporter.section(f"{group}, {place}, torch {torch.__version__}")
-        yardstick = rows[YARDSTICK].stats.median if YARDSTICK in rows else None
+        name = next(iter(rows.values())).extra_info["yardstick"]
+        yardstick = rows[name].stats.median if name in rows else None
         bandwidth = speed(rows[COPY]) if COPY in rows else None
         terminalreporter.write_line(
-            f"{'':28}{'median ms':>10}{'of softmax':>12}{'peak extra MiB':>16}{'of logits':>11}"
+            f"{'':28}{'median ms':>10}{f'of {name}':>15}{'peak extra MiB':>16}{'of logits':>11}"
             + (f"{'GB/s':>9}{'of copy':>9}" if bandwidth else "")
         )
         for name, bench in sorted(rows.items(), key=lambda item: item[1].stats.median):
             ratio = f"{bench.stats.median / yardstick:11.2f}x" if yardstick else ""
             peak = bench.extra_info["peak_extra_bytes"]
             terminalreporter.write_line(
-                f"{name:28}{bench.stats.median * 1e3:10.3f}{ratio:>12}{peak / 2**20:16.1f}"
+                f"{name:28}{bench.stats.median * 1e3:10.3f}{ratio:>15}{peak / 2**20:16.1f}"
                 f"{peak / bench.extra_info['logits_bytes']:10.2f}x"
                 + (f"{speed(bench) / 1e9:9.0f}{100 * speed(bench) / bandwidth:8.0f}%" if bandwidth else "")
             )

@@ -17,8 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
-from fused_kd import FusedKDLoss, ops
+from fused_kd import FusedKDLoss, SparseTeacher, ops
 from fused_kd.backends.rows import RowOptions
+from fused_kd.divergences import (
+    JSD,
+    AlphaBeta,
+    AlphaDivergence,
+    Divergence,
+    ForwardKL,
+    LogitMSE,
+    ReverseKL,
+    SkewKL,
+    SymmetricKL,
+    TotalVariation,
+)
+from fused_kd.reference import soft_term
 
 TAU, ALPHA = 2.0, 0.9
 SHAPES = {
@@ -112,6 +125,37 @@ def _both(inputs: Inputs, backend: str) -> Work:
 
 def _inplace(inputs: Inputs, backend: str) -> Work:
     return _overwriting(FusedKDLoss(TAU, alpha=ALPHA, inplace=True, backend=backend), inputs)
+
+
+def of_divergences() -> dict[str, Contender]:
+    """The loss with each family of divergences, and the plain expression of it; a sparse teacher, and none."""
+    contenders = {}
+    for divergence in DIVERGENCES:
+        loss_fn = FusedKDLoss(TAU, alpha=ALPHA, divergence=divergence)
+        contenders[divergence.name] = Contender(partial(_gradient, loss_fn))
+        contenders[f"eager {divergence.name}"] = Contender(partial(_gradient, partial(_plain_loss, divergence)))
+    return {
+        **contenders,
+        "no teacher: alpha=0": Contender(partial(_gradient, FusedKDLoss(alpha=0.0)), 2),
+        "sparse teacher, k = 64": Contender(_sparse, 3),
+    }
+
+
+DIVERGENCES = (
+    ForwardKL(), ReverseKL(), SymmetricKL(), JSD(), SkewKL(), TotalVariation(), AlphaDivergence(0.5),
+    AlphaBeta(0.2, 0.7), LogitMSE(),
+)  # fmt: skip
+
+
+def _plain_loss(divergence: Divergence, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    s, t = s.float(), t.float()
+    soft = soft_term(s, t, temperature=TAU, teacher_temperature=TAU, divergence=divergence)
+    return ALPHA * TAU**2 * soft.mean() + (1 - ALPHA) * cross_entropy(s, y)
+
+
+def _sparse(inputs: Inputs) -> Work:
+    teacher, loss_fn = SparseTeacher.from_logits(inputs.teacher, 64, TAU), FusedKDLoss(TAU, alpha=ALPHA)
+    return lambda: torch.autograd.grad(loss_fn(inputs.leaf, teacher, inputs.labels), inputs.leaf)
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contenders import Contender, Inputs, copies, of_backend, of_others
+from contenders import YARDSTICK, Contender, Inputs, copies, of_backend, of_divergences, of_others
 from memory import peak_extra_bytes
 from timing import WARMUP, before_round, clock, rounds
 
@@ -33,18 +33,34 @@ CONTENDERS = {**of_each_backend(), **of_others(DEVICE), **(copies() if DEVICE ==
 @pytest.mark.benchmark(timer=clock(DEVICE))
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_loss_and_gradient(benchmark: Any, shape: tuple[int, int], dtype: torch.dtype, contender: str) -> None:
+    measure(benchmark, shape, dtype, contender, CONTENDERS[contender], YARDSTICK)
+
+
+OF_DIVERGENCES = of_divergences()
+
+
+@pytest.mark.benchmark(timer=clock(DEVICE))
+@pytest.mark.parametrize("contender", OF_DIVERGENCES)
+def test_divergences(benchmark: Any, shape: tuple[int, int], dtype: torch.dtype, contender: str) -> None:
+    measure(benchmark, shape, dtype, contender, OF_DIVERGENCES[contender], "forward_kl")
+
+
+def measure(
+    benchmark: Any, shape: tuple[int, int], dtype: torch.dtype, name: str, contender: Contender, yardstick: str
+) -> None:
     n, vocabulary = shape
     try:
         inputs = Inputs(n, vocabulary, dtype, DEVICE)
-        work = CONTENDERS[contender].work(inputs)
+        work = contender.work(inputs)
         work()  # compiles, starts threads, takes memory from the system
-        benchmark.group = f"{n} x {vocabulary}, {str(dtype).removeprefix('torch.')}"
-        benchmark.extra_info["contender"] = contender
+        benchmark.group = f"{n} x {vocabulary}, {str(dtype).removeprefix('torch.')}, of {yardstick}"
+        benchmark.extra_info["contender"] = name
+        benchmark.extra_info["yardstick"] = yardstick
         benchmark.extra_info["peak_extra_bytes"] = peak_extra_bytes(work, DEVICE)
         benchmark.extra_info["logits_bytes"] = inputs.teacher.nbytes
-        benchmark.extra_info["bytes"] = CONTENDERS[contender].crossings * inputs.teacher.nbytes
+        benchmark.extra_info["bytes"] = contender.crossings * inputs.teacher.nbytes
         benchmark.pedantic(
             work, setup=before_round(DEVICE), rounds=rounds(n * vocabulary), iterations=1, warmup_rounds=WARMUP
         )
     except torch.cuda.OutOfMemoryError:
-        pytest.skip(f"{contender}: out of memory at {n} x {vocabulary}, {dtype}")
+        pytest.skip(f"{name}: out of memory at {n} x {vocabulary}, {dtype}")
