@@ -13,6 +13,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 _ON_GPU = " on a GPU"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="I/N", help="every N-th test, from number I on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--part")
+    if part is not None:
+        first, step = map(int, part.split("/"))
+        items[:] = items[first::step]
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(params=[*BACKENDS, *(pytest.param(name + _ON_GPU, marks=pytest.mark.gpu) for name in GPU_BACKENDS)])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that takes CPU tensors on this machine; with -m gpu, each that takes a GPU's, with these tensors."""

@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, against the float64 reference.
 
-TRITON_INTERPRET must be set before Triton is imported, and then nothing can be compiled: so these tests run in a
-process of their own, which the first test here starts. By hand, with the shared cases too:
+TRITON_INTERPRET must be set before Triton is imported, and then nothing can be compiled: so these tests run in
+processes of their own, each with a part of them, which the first test here starts. By hand, with the shared cases too:
 
     TRITON_INTERPRET=1 pytest -k triton
 """
@@ -59,9 +59,14 @@ V = 4500  # tiles of 2048: two whole ones and a tail
 LONG = 20000  # more than one section
 
 
+PARTS = 6
+
+
+@pytest.mark.first
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize("part", range(PARTS))
+def test_in_the_interpreter(part: int) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--part", f"{part}/{PARTS}", __file__]
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
