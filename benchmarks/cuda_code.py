@@ -74,7 +74,7 @@ def code(variant: str, arch: str, dtype: str = "bf16", loads: str = "whole") -> 
     teacher, soft, hard, general = _TEMPLATES[name]
     # The Itanium ABI's name for a repeated type is a substitution: S and a digit.
     other = f"NS_{len(teacher)}{teacher}E" if teacher != "{}" else r"S\d?_"
-    pattern = rf"VariantINS_{len(student)}{student}E{other}Lb{soft}ELNS_4HardE{hard}ELb{general}E"
+    pattern = rf"rows_kernelINS_7VariantINS_{len(student)}{student}E{other}Lb{soft}ELNS_4HardE{hard}ELb{general}E"
     (match,) = [found for key, found in _kernels(arch).items() if re.search(pattern, key)]
     resources, body = match
     loops = [loop for loop in sass_loops(body) if _count(loop, "LDG", ".128")]

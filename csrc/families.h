@@ -32,12 +32,16 @@ struct RowSums {
         r.per_z_t = 1 / z_t;
         r.log2_z_s = std::log2(z_s);
         r.log2_z_t = std::log2(z_t);
-        r.grid_s = to_grid(r.log2_z_s);
-        r.grid_t = to_grid(r.log2_z_t);
-        r.fine_s = std::exp2(r.grid_s) / z_s;
-        r.fine_t = std::exp2(r.grid_t) / z_t;
+        r.grid_s = rounded(r.log2_z_s);
+        r.grid_t = rounded(r.log2_z_t);
+        r.fine_s = static_cast<float>(std::exp2(static_cast<double>(r.grid_s)) / z_s);
+        r.fine_t = static_cast<float>(std::exp2(static_cast<double>(r.grid_t)) / z_t);
         return r;
     }
+
+  private:
+    // So that x - grid is rounded once. Of p and q the larger may be taken for the other where they are this near.
+    FKD_MATH float rounded(float log2_z) { return std::nearbyint(log2_z * 262144) / 262144; }
 };
 
 // What a column has of them: of the value, of the gradient (c), and q.
@@ -101,7 +105,7 @@ struct Mixture {
         magnitude = magnitude < 1e30f ? magnitude : 1e30f;  // 0 log 0 = 0, also where both are 0
         // Of two things one, by arithmetic: of a choice GCC 12 makes a branch, and repeats what follows in both.
         const float more_q = static_cast<float>(d > 0), above = more_q * magnitude, below = above - magnitude;
-        const float log2_p = x_t - z.grid_t, log2_q = x_s - z.grid_s;  // nearly
+        const float log2_p = x_t - z.grid_t, log2_q = x_s - z.grid_s;  // but for the fine factors
         const float larger = exp2_of(log2_p > log2_q ? log2_p : log2_q) * (z.fine_t + more_q * (z.fine_s - z.fine_t));
         const float less = 1 - exp2_of(-magnitude * static_cast<float>(kLog2E));  // smaller / larger = 1 - less
         const float p = larger * (1 - more_q * less), q = larger * (1 - less + more_q * less);
