@@ -25,11 +25,12 @@ struct FamilyNumbers {
 struct RowSums {
     float z_s, per_z_s, per_z_t, log2_z_s, log2_z_t, grid_s, grid_t, fine_s, fine_t;
 
-    FKD_MATH RowSums of(float z_s, float z_t) {
-        RowSums r;
+    FKD_MATH RowSums of(float z_s, float z_t, bool logarithms) {
+        RowSums r = {};
         r.z_s = z_s;
         r.per_z_s = 1 / z_s;
         r.per_z_t = 1 / z_t;
+        if (!logarithms) return r;
         r.log2_z_s = std::log2(z_s);
         r.log2_z_t = std::log2(z_t);
         r.grid_s = rounded(r.log2_z_s);
@@ -150,9 +151,10 @@ struct Finished {
     RowSums sums;
     float log_ratio, growth, top;  // FkdStat
 
-    FKD_MATH Finished of(const float* stats) {
-        return {RowSums::of(stats[FKD_STUDENT_SUM], stats[FKD_TEACHER_SUM]), stats[FKD_LOG_RATIO], stats[FKD_GROWTH],
-                stats[FKD_TOP]};
+    // Logarithms are the families' affair.
+    FKD_MATH Finished of(const float* stats, bool logarithms) {
+        return {RowSums::of(stats[FKD_STUDENT_SUM], stats[FKD_TEACHER_SUM], logarithms), stats[FKD_LOG_RATIO],
+                stats[FKD_GROWTH], stats[FKD_TOP]};
     }
 };
 

@@ -180,15 +180,17 @@ FKD_CLONES void widen_all(const typename Dtype::Bits* __restrict x, int n, float
 
 }  // namespace
 
-BlockSums block_sums(Hard hard, bool exchanged, const float* s, const float* t, int n, Centre m, const Scales& k, Distance guess,
-                     bool sure, const Kept* kept, const Ahead& ahead) {
+BlockSums block_sums(Hard hard, bool exchanged, const float* s, const float* t, int n, Centre m, const Scales& k,
+                     Distance guess, bool sure, const Kept* kept, const Ahead& ahead) {
     const int run = sure ? kRun : kBlock;
     return with_hard(hard, [&](auto h) {
         const auto sums = [&](auto d) {
             const auto part = [&](int j, int end) {
-                if (exchanged) return sums_of<h.value, true, d.value, false>(s, t, j, end, m, k, nullptr, nullptr, nullptr, ahead);
-                return kept ? sums_of<h.value, false, d.value, true>(s, t, j, end, m, k, kept->excess, kept->e_t, kept->e_1, ahead)
-                            : sums_of<h.value, false, d.value, false>(s, t, j, end, m, k, nullptr, nullptr, nullptr, ahead);
+                const auto none = Kept{};
+                const auto [excess, e_t, e_1] = kept ? *kept : none;
+                if (exchanged) return sums_of<h.value, true, d.value, false>(s, t, j, end, m, k, excess, e_t, e_1, ahead);
+                return kept ? sums_of<h.value, false, d.value, true>(s, t, j, end, m, k, excess, e_t, e_1, ahead)
+                            : sums_of<h.value, false, d.value, false>(s, t, j, end, m, k, excess, e_t, e_1, ahead);
             };
             BlockSums all = {};
             for (int j = 0; j < n; j += run) all += part(j, std::min(j + run, n));

@@ -81,8 +81,8 @@ EntropySums block_entropy_sums(const float* t, int n, float teacher_max, const S
 float block_hard_sum(const float* s, int n, float student_max, float* e_1);  // e_1 may be null
 // `exchanged`: s is the teacher's and t the student's, of which the hard term's sum is then.
 // `guess`: how far it is likely to be, or less; `sure`: whether one column may have nearly all of p; kept may be null.
-BlockSums block_sums(Hard hard, bool exchanged, const float* s, const float* t, int n, Centre m, const Scales& k, Distance guess,
-                     bool sure, const Kept* kept, const Ahead& ahead);
+BlockSums block_sums(Hard hard, bool exchanged, const float* s, const float* t, int n, Centre m, const Scales& k,
+                     Distance guess, bool sure, const Kept* kept, const Ahead& ahead);
 // t has the dtype of s or is float32, and g the dtype of s.
 void block_gradient(Hard hard, Input s, Input t, int n, const GradientScales& r, const Scales& k, Output g);
 void block_hard_gradient(const float* s, int n, const GradientScales& r, Output g);
@@ -108,7 +108,9 @@ struct RestSums {
 struct RestGradient {
     float from, log2, by, by_1, student_max, constant;
 };
-RestSums block_rest_sums(Hard hard, const float* s, int n, float from, const RestScale& k);
+// Of n columns of a block, from `begin`.
+RestSums block_rest_sums(Hard hard, const float* s, int begin, int n, float from, const RestScale& k,
+                         const Ahead& ahead);
 void block_rest_gradient(Hard hard, const float* s, int n, const RestGradient& r, float* g);  // g may be s
 void finish_stores();  // what was written past the caches is there for other threads
 void block_gradient_of_kept(Hard hard, const Kept& kept, int n, const KeptFactors& f, Output g);

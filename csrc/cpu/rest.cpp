@@ -33,7 +33,7 @@ constexpr int kRun = 512;
 
 
 template <Hard hard>
-FKD_CLONES RestSums sums_of(const float* __restrict s, int n, float from, RestScale k) {
+FKD_CLONES RestSums sums_of(const float* __restrict s, int n, float from, RestScale k, Ahead ahead, int begin) {
     float z_1[kLanes] = {}, whole[kLanes] = {}, part[kLanes] = {};
     const auto step = [&](const float* __restrict x) FKD_INLINED {
         FKD_SIMD
@@ -45,7 +45,10 @@ FKD_CLONES RestSums sums_of(const float* __restrict s, int n, float from, RestSc
         }
     };
     int j = 0;
-    for (; j + kLanes <= n; j += kLanes) step(s + j);
+    for (; j + kLanes <= n; j += kLanes) {
+        fetch<1>(ahead, begin + j);
+        step(s + j);
+    }
     if (j < n) step(Tail<Float32, kLanes>::of(s + j, n - j).x);
     double z = 0;
     for (int l = 0; l < kLanes; ++l) z += static_cast<double>(whole[l]) + static_cast<double>(part[l]);
@@ -65,11 +68,12 @@ FKD_CLONES void gradient_of(const float* s, int n, RestGradient r, float* g) {
 
 }  // namespace
 
-RestSums block_rest_sums(Hard hard, const float* s, int n, float from, const RestScale& k) {
+RestSums block_rest_sums(Hard hard, const float* s, int begin, int n, float from, const RestScale& k,
+                         const Ahead& ahead) {
     return with_hard(hard, [&](auto h) {
         RestSums all = {};
         for (int j = 0; j < n; j += kRun) {
-            const RestSums run = sums_of<h.value>(s + j, std::min(kRun, n - j), from, k);
+            const RestSums run = sums_of<h.value>(s + begin + j, std::min(kRun, n - j), from, k, ahead, begin + j);
             all.z += run.z;
             all.z_1 += run.z_1;
         }

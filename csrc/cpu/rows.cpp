@@ -38,7 +38,8 @@ class Verb {
         : student_(student), teacher_(teacher), targets_(targets), loss_(loss), scales_(loss.temperature),
           numbers_(loss.numbers),
           teacher_factor_(static_cast<float>(loss.temperature / loss.teacher_temperature)), rows_(row_count(student)),
-          columns_(loss.divergence == FKD_REST ? student.columns : std::min(student.columns, teacher.columns)), schedule_(rows_, columns_, threads),
+          columns_(loss.divergence == FKD_REST ? student.columns : std::min(student.columns, teacher.columns)),
+          schedule_(rows_, columns_, threads),
           of_logits_(loss.soft && loss.divergence == FKD_LOGIT_MSE),
           of_rest_(loss.soft && loss.divergence == FKD_REST),
           of_family_(loss.soft && loss.divergence >= FKD_LINEAR),
@@ -275,16 +276,17 @@ class Verb {
         listed[count] = at.n;
         const auto over_others = [&](const auto& call) {
             for (int i = 0, begin = 0; i <= count; begin = listed[i++] + 1)
-                if (begin < listed[i]) call(s + begin, listed[i] - begin);
+                if (begin < listed[i]) call(begin, listed[i] - begin);
         };
         const RestScale k(loss_.temperature);
         piece.max_t = kLowest;
-        over_others([&](const float* x, int n) { piece.max_t = upper_or_nan(piece.max_t, block_maximum(x, n)); });
+        over_others([&](int begin, int n) { piece.max_t = upper_or_nan(piece.max_t, block_maximum(s + begin, n)); });
         float max_s = static_cast<float>(piece.max_t);
         for (int i = 0; i < count; ++i) max_s = upper_or_nan(max_s, s[listed[i]]);
         double z_1 = 0;
-        over_others([&](const float* x, int n) {
-            const RestSums sums = block_rest_sums(hard_, x, n, static_cast<float>(piece.max_t), k);
+        const Ahead next = ahead(row, at.begin / kBlock);
+        over_others([&](int begin, int n) {
+            const RestSums sums = block_rest_sums(hard_, s, begin, n, static_cast<float>(piece.max_t), k, next);
             piece.z_t += sums.z;
             z_1 += sums.z_1;
         });
@@ -369,7 +371,8 @@ class Verb {
         const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
         const float* t = read_teacher(row, at, r.teacher_from, buffers[1]);
         w.terms[static_cast<size_t>(b)] = {};
-        w.terms[static_cast<size_t>(b)] += block_term_sums(loss_.divergence, s, t, at.n, r, scales_, numbers_, ahead(row, b));
+        w.terms[static_cast<size_t>(b)] +=
+            block_term_sums(loss_.divergence, s, t, at.n, r, scales_, numbers_, ahead(row, b));
     }
 
     void conclude(int64_t row, const Workspace& w, float* soft, float* stats) const {
@@ -407,7 +410,7 @@ class Verb {
         GradientScales r = {};
         r.centre = Centre::of(stats[FKD_STUDENT_MAX], scaled() ? 0 : stats[FKD_TEACHER_MAX]);
         r.teacher_from = stats[FKD_TEACHER_MAX];
-        r.row = Finished::of(stats);
+        r.row = Finished::of(stats, of_family_);
         return r;
     }
 
@@ -463,7 +466,8 @@ class Verb {
         }
         const Pair pair = exponentials(s, t, r.centre, scales_);
         const float log_ratio = pair.delta - r.row.log_ratio;
-        return r.at_label + r.soft * probability_difference(pair.e_s * r.row.sums.per_z_s, pair.e_t * r.row.sums.per_z_t, log_ratio);
+        const RowSums& z = r.row.sums;
+        return r.at_label + r.soft * probability_difference(pair.e_s * z.per_z_s, pair.e_t * z.per_z_t, log_ratio);
     }
 
     // q - p = f_s e_s - f_t e_t = f_s (e_s - e_t) + (f_s - f_t) e_t, each factor without cancellation.

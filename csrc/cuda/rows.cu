@@ -57,11 +57,16 @@ __global__ void finish_kernel(const Work w) {
 
 // The second sweep, and the gradients that are not q - p. Their variants are few: the teacher's dtype and the hard term
 // are looked at as they run.
+// Of a warp, where blocks share rows.
+FKD_GPU int first_section(const Work& w) {
+    const int slice = static_cast<int>(blockIdx.x % static_cast<unsigned>(w.slices));
+    return (slice * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) / kWarp;
+}
+
 template <class V, class Terms>
 __global__ void __launch_bounds__(kMaxWarps* kWarp) terms_kernel(const Work w) {
     const int64_t row = blockIdx.x / static_cast<unsigned>(w.slices), target = w.targets[row];
-    const int warps = static_cast<int>(blockDim.x) / kWarp;
-    const int section = static_cast<int>(blockIdx.x % static_cast<unsigned>(w.slices)) * warps + static_cast<int>(threadIdx.x) / kWarp;
+    const int section = first_section(w);
     if (!readable(target, w.columns) || section >= w.sections) return;
     const Range at(w, section, target);
     const Terms terms(w, w.stats + row * FKD_STATS);
@@ -77,9 +82,8 @@ __global__ void conclude_kernel(const Work w) {
 template <class V, class Gradient>
 __global__ void __launch_bounds__(kMaxWarps* kWarp) other_gradient_kernel(const Work w) {
     const int64_t row = blockIdx.x / static_cast<unsigned>(w.slices);
-    const int warps = static_cast<int>(blockDim.x) / kWarp;
-    const int first = static_cast<int>(blockIdx.x % static_cast<unsigned>(w.slices)) * warps + static_cast<int>(threadIdx.x) / kWarp;
-    row_gradient<V, Gradient>(w, row, w.targets[row], w.stats + row * FKD_STATS, first, warps * w.slices);
+    const int stride = static_cast<int>(blockDim.x) / kWarp * w.slices;
+    row_gradient<V, Gradient>(w, row, w.targets[row], w.stats + row * FKD_STATS, first_section(w), stride);
 }
 
 // The device, for as long as this lives.
@@ -202,6 +206,9 @@ Work work_for(const FkdRows& student, const FkdRows& teacher, const int64_t* tar
     set_soft(w, loss.soft != 0, loss.temperature, loss.teacher_temperature);
     return w;
 }
+// Of kSplitWarps warps, a row each.
+int64_t blocks_of_rows(const Work& w) { return (w.rows + kSplitWarps - 1) / kSplitWarps; }
+
 cudaError_t run(Work w, int warps, bool split, void* stream) {
     if (w.rows == 0) return cudaSuccess;
     RowsKernel* kernel = kernel_for(w);
@@ -217,7 +224,7 @@ cudaError_t run(Work w, int warps, bool split, void* stream) {
     if (forward) {
         w.backward = false;
         error = launch(kernel, w.rows * w.slices, each, w, stream);
-        if (error == cudaSuccess) error = launch(finish_kernel, (w.rows + kSplitWarps - 1) / kSplitWarps, kSplitWarps, w, stream);
+        if (error == cudaSuccess) error = launch(finish_kernel, blocks_of_rows(w), kSplitWarps, w, stream);
     }
     if (backward && error == cudaSuccess) {
         w.forward = false;
@@ -241,8 +248,9 @@ cudaError_t run_other(const Work& w, int warps, bool split, void* stream) {
         first.backward = false;
         if (w.divergence == FKD_LOGIT_MSE) set_soft(first, false, 1, 1);
         error = run(first, warps, split, stream);
-        if (error == cudaSuccess) error = launch(other_kernel_for(w, false), w.rows * second.slices, each, second, stream);
-        if (error == cudaSuccess) error = launch(conclude_kernel, (w.rows + kSplitWarps - 1) / kSplitWarps, kSplitWarps, w, stream);
+        if (error == cudaSuccess)
+            error = launch(other_kernel_for(w, false), w.rows * second.slices, each, second, stream);
+        if (error == cudaSuccess) error = launch(conclude_kernel, blocks_of_rows(w), kSplitWarps, w, stream);
     }
     if (w.backward && error == cudaSuccess)
         error = launch(other_kernel_for(w, true), w.rows * second.slices, each, second, stream);
@@ -271,7 +279,8 @@ int64_t set_scratch(Work& w, const FkdLoss& loss, bool split, void* memory) {
     float* stats = scratch.take<float>(w.backward && (split || other(loss)), w.rows * FKD_STATS);
     if (stats) w.stats = stats;
     const bool of_logits = loss.divergence == FKD_LOGIT_MSE;
-    w.terms = scratch.take<char>(other(loss), pieces * static_cast<int64_t>(of_logits ? sizeof(Moments<float>) : sizeof(TermSums<float>)));
+    const size_t each = of_logits ? sizeof(Moments<float>) : sizeof(TermSums<float>);
+    w.terms = scratch.take<char>(other(loss), pieces * static_cast<int64_t>(each));
     return scratch.size;
 }
 

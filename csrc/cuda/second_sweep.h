@@ -15,7 +15,8 @@ struct FinishedRow {
     bool tempered, of_logits;
 
     FKD_GPU_MEMBER FinishedRow(const Work& w, const float* stats)
-        : scales(static_cast<double>(w.temperature)), row(Finished::of(stats)), teacher_from(stats[FKD_TEACHER_MAX]),
+        : scales(static_cast<double>(w.temperature)), row(Finished::of(stats, true)),
+          teacher_from(stats[FKD_TEACHER_MAX]),
           teacher_factor(w.teacher_factor), tempered(w.tempered), of_logits(w.divergence == FKD_LOGIT_MSE) {
         if (w.columns == 1 && !of_logits) scales.unit = 0;
         centre = Centre::of(stats[FKD_STUDENT_MAX], tempered ? 0.0f : teacher_from);
