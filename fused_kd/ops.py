@@ -173,7 +173,8 @@ def _rows_gradient(ctx: Any, grad_soft: Tensor, grad_hard: Tensor, _: Tensor) ->
     backward, given = (teachers_backward, teacher) if ctx.listed else (rows_backward, teacher[0])
     gradient = backward(student, given, targets, stats, grad_soft, grad_hard, *ctx.options, symbolic)
     of_teacher = [None] * len(teacher) if ctx.listed else None
-    return gradient, of_teacher, *(None,) * (2 + len(ctx.options))
+    # (Not one for each of the inputs: of a list of tensors PyTorch 2.11 does not count what was left to its default.)
+    return gradient, of_teacher, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
 def no_second_derivative(*_: Any) -> NoReturn:

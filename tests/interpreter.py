@@ -1,6 +1,7 @@
 """Makes Triton's interpreter compute as a GPU does where it would not, and fail where a GPU would.
 
-Two of its operations round otherwise: a fused multiply-add rounds twice, and float32 to bfloat16 cuts off. And it
+Two of its operations round otherwise: a fused multiply-add rounds twice, and float32 to bfloat16 cuts off. Up to Triton
+3.6 the larger of a number and NaN is NaN, which on a GPU is the number. And it
 believes `tl.multiple_of`, where a GPU refuses the address. All these names are Triton's own affair; a version that
 moves them fails here and not in a tolerance.
 """
@@ -33,7 +34,16 @@ def make_honest() -> None:
         if key == "tt.divisibility":
             assert not (self.data % max(values)).any(), f"not all are multiples of {max(values)}"
 
+    def create_minnumf(self: Any, x: Any, y: Any) -> Any:
+        return self.binary_op(x, y, np.fmin)
+
+    def create_maxnumf(self: Any, x: Any, y: Any) -> Any:
+        return self.binary_op(x, y, np.fmax)
+
     assert callable(builder.create_fma)
+    assert callable(builder.create_minnumf)
+    assert callable(builder.create_maxnumf)
     assert callable(interpreter.TensorHandle.set_attr)
     builder.create_fma, builder.cast_impl = create_fma, cast_impl
+    builder.create_minnumf, builder.create_maxnumf = create_minnumf, create_maxnumf
     interpreter.TensorHandle.set_attr = set_attr

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fused_kd import fused_kd_loss, ops
 from fused_kd.backends import PREFERENCE
 from fused_kd.backends.rows import SKIP, LogitRows, RowOptions
+from fused_kd.divergences import DivergenceName
 
 ROWS, COLUMNS = 64, 2048
 
@@ -71,6 +72,17 @@ def test_allocations(layout: str, inplace: bool) -> None:
         assert backward.bytes < vectors
     else:
         assert size <= backward.bytes < size + vectors
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the torch backend works through chunks: test_chunks_are_bounded")
+@pytest.mark.parametrize("divergence", ["reverse_kl", "symmetric_kl", "jsd", "skew_kl", "total_variation", "logit_mse"])
+def test_allocations_of_a_divergence(divergence: DivergenceName) -> None:
+    student, teacher, labels = logits_of("contiguous")
+    with Allocations() as seen:
+        loss = fused_kd_loss(student, teacher, labels, divergence=divergence, backend="cpu")
+        torch.autograd.grad(loss, student)
+    size = student.numel() * student.element_size()
+    assert size <= seen.bytes < size + 200 * 8 * student.numel() // COLUMNS
 
 
 def test_fake_kernels_allocate_what_the_real_ones_do() -> None:

@@ -28,6 +28,7 @@ from fused_kd.demo.digits import (
 from fused_kd.demo.findings import Cell, Experiment, Line, above, alike, fewer
 from fused_kd.demo.unseen import TEMPERATURE, UNSEEN, WIDTH
 from fused_kd.loss import FusedKDLoss
+from fused_kd.reference import mean_logits
 
 NARROW = 10  # units; the paper went from 300 or more to 30. With 6, a tenth of WIDTH, seeds were apart by 8 points
 TEMPERATURES = (1.0, 2.5, 4.0, 8.0, TEMPERATURE)
@@ -80,10 +81,7 @@ class School:
 
 def combined(logits: Tensor, temperature: float, ensemble: Ensemble) -> Tensor:
     """Logits [..., V] whose softmax at this temperature is the mean of that of the teachers' logits [K, ..., V]."""
-    if ensemble == "geometric":
-        return logits.mean(0)
-    mean: Tensor = temperature * (logits / temperature).log_softmax(-1).logsumexp(0)
-    return mean
+    return mean_logits(list(logits), None, ensemble=ensemble, temperature=temperature)
 
 
 def percent(which: Tensor) -> Tensor:
