@@ -34,8 +34,8 @@ constexpr float kLowest = -3.402823466e38f;
 
 // Below this exponent of 2 an exponential is 0: a p or q that float32 cannot hold counts as 0.
 constexpr float kFlush = -126.0f;
-// Below these |delta| a polynomial is used, above them the difference of two exponentials: for exp(delta) - 1, and for
-// exp(delta) - 1 - delta, which that difference knows less of (logits of 16 bits often differ by exactly 1/8).
+// Below these |delta| a polynomial is used, above them the difference of two exponentials: for q - p, and for
+// phi(delta), which that difference knows less of (logits of 16 bits often differ by exactly 1/8).
 constexpr float kSmall = 0.125f, kSmallPhi = 0.2f;
 
 // 2^x for x <= 60: exactly 1 at 0, exactly 0 below kFlush, relative error below 2e-7. NaN may come out as anything:

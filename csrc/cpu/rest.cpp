@@ -8,7 +8,7 @@ namespace fused_kd {
 namespace {
 
 // exp((s - from) / tau), up to 2^60, as whole + part with |part| < whole / 2: each to 1e-8 of their sum and without a
-// bias, so that the sum over a vocabulary is right to 1e-9.
+// bias, so that the sum over a vocabulary is right to 1e-8.
 struct Exponential {
     float whole, part;
 };

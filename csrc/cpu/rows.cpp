@@ -393,7 +393,7 @@ class Verb {
     }
 
     void other_gradient(int64_t row, Range at, const GradientScales& r, Output g) const {
-        float buffers[3][kBlock + 96];  // at different places of their pages: loads would wait for stores
+        float buffers[3][kBlock];
         const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
         const bool there = g.dtype == FKD_FLOAT32 && !g.past_caches;
         float* out = there ? static_cast<float*>(g.data) : buffers[2];
