@@ -9,10 +9,8 @@ from fused_kd import ops, teachers
 from fused_kd.backends.rows import RowOptions
 from fused_kd.checks import lazy, plain
 from fused_kd.gradient_memory import empty_gradient
+from fused_kd.positions import Coefficient
 from fused_kd.teachers import LOGITS, Teacher
-
-# What a term of each row is multiplied by: one number for all rows, or a vector [N].
-Coefficient = float | Tensor
 
 
 class FusedKDFunction(torch.autograd.Function):

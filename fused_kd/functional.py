@@ -1,36 +1,31 @@
-"""The loss as a function: arguments are checked, rows get their targets, and what the rows give is reduced.
+"""The loss as a function of logits: arguments are checked, and what the rows give is reduced.
 
 Everything here but the two tensors of logits is a vector with one number a row, in ordinary PyTorch.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_kd.autograd import rows_loss
-from fused_kd.backends.rows import NO_LABEL, OUT_OF_RANGE, SKIP, RowOptions, exact_dtype
+from fused_kd.backends.rows import RowOptions
 from fused_kd.checks import (
     check_inplace,
     check_labels,
     check_num_items,
     check_student,
-    check_teacher_logits,
-    check_teacher_weights,
     check_weights,
     lazy,
     plain,
 )
 from fused_kd.divergences import Divergence, DivergenceName, divergence_of
-from fused_kd.ensemble import common_columns
 from fused_kd.entropies import row_entropies
 from fused_kd.options import Ensemble, KDOptions, Reduction, VocabMismatch
-from fused_kd.sparse import SparseTeacher, check_fits
-from fused_kd.teachers import LOGITS, Teacher, backend_name, row_dtypes
-
-TeacherLogits: TypeAlias = Tensor | Sequence[Tensor] | SparseTeacher
+from fused_kd.positions import counted, known
+from fused_kd.sparse import SparseTeacher
+from fused_kd.teachers import TeacherLogits, backend_name, row_dtypes, teacher_of
 
 
 class KDLossOutput(NamedTuple):
@@ -172,7 +167,7 @@ def compute(
         given = teacher_logits
     eager = plain(student_logits, *given, labels, num_items, weights, teacher_weights)
     readable = eager and student_logits.device.type == "cpu"  # values, and without waiting for them
-    teacher = _teacher(student_logits, teacher_logits, teacher_weights, options, readable)
+    teacher = teacher_of(student_logits, teacher_logits, teacher_weights, options, readable)
     check_labels(labels, student_logits, options)
     num_items = check_num_items(num_items, student_logits, options)
     weights = check_weights(weights, student_logits, readable)
@@ -184,33 +179,17 @@ def compute(
     backend = options.backend
     if eager:
         backend = backend_name(backend, student_logits, teacher, divergence.name)
-    rows, symbolic = _row_options(options, divergence, backend, eager)
-    soft_on_ignored = options.soft_on_ignored and rows.soft
-    targets = _targets(student_logits, labels, weights, options.ignore_index, NO_LABEL if soft_on_ignored else SKIP)
-    if options.shift:
-        targets = _shifted(targets, SKIP)
-        weights = None if weights is None else _shifted(weights, 0.0)
-    targets = targets.flatten()
+    rows, symbolic = row_options(options, divergence, backend, eager)
     dtype, *_ = row_dtypes(teacher.kind, student_logits, teacher.tensors)
-    if weights is not None:
-        weights = weights.flatten().to(dtype)
-
-    taken = float if eager else partial(_in_graph, dtype=dtype, device=student_logits.device)
-    if not (num_items is None or isinstance(num_items, Tensor)):
-        num_items = taken(num_items)
-    counted = targets != SKIP
-    rate = partial(_rate, weights, num_items, student_logits.shape[0], options.reduction, dtype, readable)
-    of_soft = of_hard = rate(counted)
-    if soft_on_ignored:
-        of_hard = rate(counted & (targets != NO_LABEL))
+    counts = counted(student_logits, labels, num_items, weights, options, dtype, eager)
     positions = student_logits.shape[:-1] if options.reduction == "none" else None
     loss, soft, hard = rows_loss(
-        eager and not any(map(lazy, (student_logits, targets, *teacher.tensors))),
+        eager and not any(map(lazy, (student_logits, counts.targets, *teacher.tensors))),
         student_logits,
         teacher,
-        targets,
-        options.weight_of_soft(taken) * of_soft,
-        options.weight_of_hard(taken) * of_hard,
+        counts.targets,
+        counts.coef_soft,
+        counts.coef_hard,
         symbolic,
         rows,
         options.inplace,
@@ -223,66 +202,24 @@ def compute(
     of_both: tuple[Tensor, ...] = ()
     if options.entropies:
         of_both = row_entropies(
-            student_logits.detach(), teacher, targets, rows._replace(backend=options.backend), symbolic
+            student_logits.detach(), teacher, counts.targets, rows._replace(backend=options.backend), symbolic
         )
     return KDLossOutput(
         loss,
-        _reduced((soft * of_soft).detach(), positions) if rows.soft else None,
-        _reduced((hard * of_hard).detach(), positions) if rows.hard else None,
-        *(_reduced((entropy * of_soft).detach(), positions) for entropy in of_both),
+        reduced((soft * counts.of_soft).detach(), positions) if rows.soft else None,
+        reduced((hard * counts.of_hard).detach(), positions) if rows.hard else None,
+        *(reduced((entropy * counts.of_soft).detach(), positions) for entropy in of_both),
     )
 
 
-def _teacher(
-    student: Tensor,
-    teacher: TeacherLogits,
-    weights: Sequence[float] | Tensor | None,
-    options: KDOptions,
-    readable: bool,
-) -> Teacher:
-    """The teacher, checked and detached."""
-    if not isinstance(teacher, (list, tuple)):
-        if weights is not None:
-            raise ValueError(
-                "teacher_weights weighs several teachers, but teacher_logits is one; leave teacher_weights out, or "
-                "pass a list of tensors"
-            )
-        if isinstance(teacher, SparseTeacher):
-            if options.teacher_temperature is not None:
-                raise ValueError(
-                    f"teacher_temperature is {options.teacher_temperature}, but the log-probabilities of a "
-                    "SparseTeacher already have theirs (from_logits takes it); leave teacher_temperature out"
-                )
-            check_fits(teacher, student, divergence_of(options.divergence))
-            return Teacher(teacher.missing, (teacher.ids, teacher.log_probs.detach()))
-        teacher = check_teacher_logits("teacher_logits", teacher, student, options)
-        return Teacher(LOGITS, (teacher.detach(),))
-    if len(teacher) == 0:
-        raise ValueError("teacher_logits must have at least one tensor, got an empty list")
-    named = [(f"teacher_logits[{k}]", logits) for k, logits in enumerate(teacher)]
-    tensors = tuple(check_teacher_logits(name, logits, student, options).detach() for name, logits in named)
-    shares = check_teacher_weights(weights, len(teacher), student, readable)
-    if len(tensors) == 1:
-        return Teacher(LOGITS, tensors)
-    if not (_positive(options.alpha) or options.entropies):  # they will not be read
-        return Teacher(LOGITS, (common_columns(student, tensors),))
-    dtype = exact_dtype(student.device)
-    if not isinstance(shares, Tensor):
-        # (Each number as a filled tensor: a copy from the CPU would make a GPU wait.)
-        shares = torch.stack([torch.ones((), dtype=dtype, device=student.device) * share for share in shares])
-    shares = shares.detach().to(dtype)
-    shares = (shares / shares.sum()).expand(*student.shape[:-1], -1)
-    return Teacher(options.ensemble, (shares, *tensors))
-
-
-def _row_options(
+def row_options(
     options: KDOptions, divergence: Divergence, backend: str, eager: bool
 ) -> tuple[RowOptions, Tensor | None]:
     """What the operators take; their numbers as a tensor where one of them is symbolic (`ops.py`)."""
     temperatures = (options.temperature, options.teacher_temperature or options.temperature)
     numbers = (*temperatures, options.label_smoothing, *divergence.parameters)
     symbolic = None
-    if not (eager or all(map(_known, numbers))):
+    if not (eager or all(map(known, numbers))):
         symbolic = torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * x for x in numbers])
         numbers = (1.0, 1.0, 0.0, *(0.5 for _ in divergence.parameters))
     temperature, teacher_temperature, label_smoothing, *parameters = map(float, numbers)
@@ -291,85 +228,14 @@ def _row_options(
         teacher_temperature=teacher_temperature,
         divergence=divergence.name,
         label_smoothing=label_smoothing,
-        soft=_positive(options.alpha),
-        hard=_positive(options.weight_of_hard()),
+        soft=options.has_soft,
+        hard=options.has_hard,
         backend=backend,
         parameters=tuple(parameters),
     )
     return rows, symbolic
 
 
-def _known(value: float) -> bool:
-    """Not for a number that torch.compile keeps symbolic, since it changes from call to call."""
-    if not torch.compiler.is_compiling():
-        return True
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # noqa: PLC0415  (takes a second)
-
-    return has_static_value(value)
-
-
-def _positive(value: float) -> bool:
-    return True if value > 0 else False  # noqa: SIM210  (a branch makes of a symbolic condition a known one)
-
-
-def _in_graph(value: float, dtype: torch.dtype, device: torch.device | str) -> float | Tensor:
-    """A symbolic number as a tensor. An operator would make a constant of it, to be compiled anew for each value; so
-    does PyTorch 2.11 of one from which another number is computed."""
-    if _known(value):
-        return value
-    # Not full() nor scalar_tensor(), in which inductor takes the first value for all.
-    return torch.ones((), dtype=dtype, device=device) * value
-
-
-def _targets(student: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_index: int, ignored: int) -> Tensor:
-    """What each position is for: its label, SKIP or NO_LABEL, in the logits' leading shape."""
-    if labels is None:
-        targets = student.new_full(student.shape[:-1], NO_LABEL, dtype=torch.int64)
-    elif ignore_index == ignored == SKIP:
-        targets = labels
-    else:
-        targets = labels if ignore_index == SKIP else labels.masked_fill(labels == SKIP, OUT_OF_RANGE)
-        targets = targets.masked_fill(labels == ignore_index, ignored)
-    return targets if weights is None else targets.masked_fill(weights == 0, SKIP)
-
-
-def _shifted(values: Tensor, last: float) -> Tensor:
-    """Position i gets what belongs to position i + 1."""
-    if values.shape[-1] == 0:
-        return values
-    return torch.cat([values[..., 1:], values.new_full((*values.shape[:-1], 1), last)], -1)
-
-
-def _rate(
-    weights: Tensor | None,
-    num_items: float | Tensor | None,
-    batch: int,
-    reduction: Reduction,
-    dtype: torch.dtype,
-    readable: bool,
-    rows: Tensor,
-) -> float | Tensor:
-    """What each of `rows` counts for, so that they need only be summed. A mean over nothing is 0, not 0 / 0."""
-    divisor: float | Tensor = 1.0
-    if isinstance(num_items, Tensor):
-        divisor = num_items.detach().reshape(()).to(dtype)
-        divisor = divisor + (divisor == 0)
-    elif num_items is not None:
-        divisor = num_items if num_items > 0 else 1.0
-    elif reduction == "batchmean":
-        divisor = max(1, batch)
-    elif reduction == "mean" and weights is not None:
-        divisor = (weights * rows).sum()
-        divisor = divisor + (divisor == 0)
-    elif reduction == "mean" and readable:
-        divisor = max(1, int(rows.count_nonzero()))
-    elif reduction == "mean":
-        divisor = rows.sum(dtype=dtype).clamp(min=1)
-    if weights is not None:
-        return weights / divisor
-    return divisor.reciprocal() if isinstance(divisor, Tensor) else 1 / divisor
-
-
-def _reduced(values: Tensor, positions: torch.Size | None) -> Tensor:
+def reduced(values: Tensor, positions: torch.Size | None) -> Tensor:
     """The rows' sum; or the rows laid out over `positions`."""
     return values.sum() if positions is None else values.reshape(positions)

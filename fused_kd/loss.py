@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_kd.divergences import Divergence, DivergenceName
-from fused_kd.functional import KDLossOutput, TeacherLogits, compute
+from fused_kd.functional import KDLossOutput, compute
 from fused_kd.options import OPTIONS, Ensemble, KDOptions, Reduction, VocabMismatch
+from fused_kd.teachers import TeacherLogits
 
 
 class FusedKDLoss(torch.nn.Module):

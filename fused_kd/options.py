@@ -87,6 +87,15 @@ class KDOptions:
         if known is not value:
             object.__setattr__(self, name, known)
 
+    # (A branch makes of a symbolic condition a known one.)
+    @property
+    def has_soft(self) -> bool:
+        return True if self.alpha > 0 else False  # noqa: SIM210
+
+    @property
+    def has_hard(self) -> bool:
+        return True if self.weight_of_hard() > 0 else False  # noqa: SIM210
+
     # What the terms are multiplied by; `taken` makes of the options that it is computed from what is computed with.
     def weight_of_soft(self, taken: Callable[[float], Any] = float) -> Any:
         alpha = taken(self.alpha)

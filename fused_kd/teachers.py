@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_kd import backends, ensemble, sparse
-from fused_kd.backends.rows import STATS, LogitRows, RowOptions, row_dtype
+from fused_kd.backends.rows import STATS, LogitRows, RowOptions, exact_dtype, row_dtype
+from fused_kd.checks import check_teacher_logits, check_teacher_weights
+from fused_kd.divergences import divergence_of
+from fused_kd.options import KDOptions
+from fused_kd.sparse import SparseTeacher
 
 LOGITS = "logits"
 
@@ -19,12 +23,57 @@ _KINDS: dict[str, ModuleType] = {
 }
 
 
+TeacherLogits: TypeAlias = Tensor | Sequence[Tensor] | SparseTeacher
+
+
 class Teacher(NamedTuple):
     """`kind` says what the tensors are, each of which has the student's leading shape: the logits [..., V], or what
     its module says."""
 
     kind: str
     tensors: tuple[Tensor, ...]
+
+
+def teacher_of(
+    student: Tensor,
+    teacher: TeacherLogits,
+    weights: Sequence[float] | Tensor | None,
+    options: KDOptions,
+    readable: bool,
+) -> Teacher:
+    """The teacher, checked and detached."""
+    if not isinstance(teacher, (list, tuple)):
+        if weights is not None:
+            raise ValueError(
+                "teacher_weights weighs several teachers, but teacher_logits is one; leave teacher_weights out, or "
+                "pass a list of tensors"
+            )
+        if isinstance(teacher, SparseTeacher):
+            if options.teacher_temperature is not None:
+                raise ValueError(
+                    f"teacher_temperature is {options.teacher_temperature}, but the log-probabilities of a "
+                    "SparseTeacher already have theirs (from_logits takes it); leave teacher_temperature out"
+                )
+            sparse.check_fits(teacher, student, divergence_of(options.divergence))
+            return Teacher(teacher.missing, (teacher.ids, teacher.log_probs.detach()))
+        teacher = check_teacher_logits("teacher_logits", teacher, student, options)
+        return Teacher(LOGITS, (teacher.detach(),))
+    if len(teacher) == 0:
+        raise ValueError("teacher_logits must have at least one tensor, got an empty list")
+    named = [(f"teacher_logits[{k}]", logits) for k, logits in enumerate(teacher)]
+    tensors = tuple(check_teacher_logits(name, logits, student, options).detach() for name, logits in named)
+    shares = check_teacher_weights(weights, len(teacher), student, readable)
+    if len(tensors) == 1:
+        return Teacher(LOGITS, tensors)
+    if not (options.has_soft or options.entropies):  # they will not be read
+        return Teacher(LOGITS, (ensemble.common_columns(student, tensors),))
+    dtype = exact_dtype(student.device)
+    if not isinstance(shares, Tensor):
+        # (Each number as a filled tensor: a copy from the CPU would make a GPU wait.)
+        shares = torch.stack([torch.ones((), dtype=dtype, device=student.device) * share for share in shares])
+    shares = shares.detach().to(dtype)
+    shares = (shares / shares.sum()).expand(*student.shape[:-1], -1)
+    return Teacher(options.ensemble, (shares, *tensors))
 
 
 def verbs_of(kind: str) -> ModuleType:
