@@ -45,11 +45,15 @@ def check_dense(name: str, values: Tensor) -> None:
     raise TypeError(f"{name} must be a dense tensor, got {kind}; pass {instead}")
 
 
+def check_floating(name: str, values: Tensor) -> None:
+    check_dense(name, values)
+    if values.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {values.dtype}")
+
+
 def check_columns(name: str, logits: Tensor) -> None:
     """What is asked of logits, the student's or the teacher's."""
-    check_dense(name, logits)
-    if logits.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {logits.dtype}")
+    check_floating(name, logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must have the shape [..., V] with at least one column, got {tuple(logits.shape)}")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
@@ -61,9 +65,14 @@ def check_columns(name: str, logits: Tensor) -> None:
 
 def check_student(student: Tensor, options: KDOptions) -> None:
     _check_logits("student_logits", student)
+    check_leading("student_logits", student, options)
+
+
+def check_leading(name: str, student: Tensor, options: KDOptions) -> None:
+    """Of the student's logits or hidden states, whether they have the positions that the options ask for."""
     if student.dim() == 1 and (options.shift or options.reduction == "batchmean"):
-        name = "shift=True" if options.shift else 'reduction="batchmean"'
-        raise ValueError(f"{name} needs student_logits [..., T, V], got {tuple(student.shape)}")
+        option = "shift=True" if options.shift else 'reduction="batchmean"'
+        raise ValueError(f"{option} needs {name} [..., T, any], got {tuple(student.shape)}")
 
 
 def _check_logits(name: str, logits: object) -> Tensor:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fused_kd import ops
 from fused_kd.backends.rows import RowOptions, with_itself
-from fused_kd.ensemble import ENSEMBLES
-from fused_kd.teachers import LOGITS, Teacher
+from fused_kd.teachers import LOGITS, Teacher, common_columns
 
 
 def row_entropies(
@@ -18,8 +17,7 @@ def row_entropies(
     """-sum q log q and -sum p log p, [N] each, at their temperatures, over the columns that the loss has; 0 in a row
     that is skipped. `symbolic` is explained in `ops.py`."""
     kind, tensors = teacher
-    logits = {LOGITS: tensors, **dict.fromkeys(ENSEMBLES, tensors[1:])}.get(kind, ())
-    columns = min(x.shape[-1] for x in (student, *logits))
+    columns = common_columns(student, teacher)
     of_student = _of_logits(student[..., :columns], targets, with_itself(rows, rows.temperature), symbolic, 0)
     if kind == LOGITS:
         rows = with_itself(rows, rows.teacher_temperature)

@@ -24,8 +24,7 @@ from fused_kd.divergences import Divergence, DivergenceName, divergence_of
 from fused_kd.entropies import row_entropies
 from fused_kd.options import Ensemble, KDOptions, Reduction, VocabMismatch
 from fused_kd.positions import counted, known
-from fused_kd.sparse import SparseTeacher
-from fused_kd.teachers import TeacherLogits, backend_name, row_dtypes, teacher_of
+from fused_kd.teachers import TeacherLogits, backend_name, row_dtypes, teacher_of, tensors_of
 
 
 class KDLossOutput(NamedTuple):
@@ -160,12 +159,7 @@ def compute(
 ) -> Tensor | KDLossOutput:
     """`fused_kd_loss` with its options checked."""
     check_student(student_logits, options)
-    given: Sequence[object] = [teacher_logits]
-    if isinstance(teacher_logits, SparseTeacher):
-        given = [teacher_logits.ids, teacher_logits.log_probs]
-    elif isinstance(teacher_logits, (list, tuple)):
-        given = teacher_logits
-    eager = plain(student_logits, *given, labels, num_items, weights, teacher_weights)
+    eager = plain(student_logits, *tensors_of(teacher_logits), labels, num_items, weights, teacher_weights)
     readable = eager and student_logits.device.type == "cpu"  # values, and without waiting for them
     teacher = teacher_of(student_logits, teacher_logits, teacher_weights, options, readable)
     check_labels(labels, student_logits, options)

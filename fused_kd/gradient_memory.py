@@ -7,8 +7,10 @@ kept. Smaller gradients come from PyTorch: below 32 MiB the C library keeps free
 """
 
 import ctypes
+import math
 import mmap
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -22,10 +24,14 @@ _spare: list[mmap.mmap] = []
 
 def empty_gradient(student: Tensor) -> Tensor:
     """A contiguous tensor with the student's shape, dtype and device, and no particular values."""
-    size = student.nbytes
+    return empty(student.shape, student.dtype, student.device)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    size = math.prod(shape) * dtype.itemsize
     # A profiler of memory knows what PyTorch allocates: so where one watches, PyTorch does.
-    if size < _LARGE or student.device.type != "cpu" or not _AVAILABLE or torch._C._autograd._profiler_enabled():
-        return torch.empty_like(student, memory_format=torch.contiguous_format)
+    if device.type != "cpu" or size < _LARGE or not _AVAILABLE or torch._C._autograd._profiler_enabled():
+        return torch.empty(shape, dtype=dtype, device=device)
     block = None
     with suppress(IndexError):
         block = _spare.pop()
@@ -33,11 +39,11 @@ def empty_gradient(student: Tensor) -> Tensor:
         try:
             block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:  # PyTorch says better what is missing
-            return student.new_empty(student.shape)
+            return torch.empty(shape, dtype=dtype, device=device)
     memory = (ctypes.c_char * size).from_buffer(block)
     weakref.finalize(memory, _give_back, block).atexit = False
     storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()  # holds `memory` until it is freed
-    return student.new_empty(0).set_(storage).resize_(student.shape)
+    return torch.empty(0, dtype=dtype, device=device).set_(storage).resize_(shape)
 
 
 def release() -> None:

@@ -1,19 +1,55 @@
-"""The loss as a module."""
+"""The losses as modules."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fused_kd.divergences import Divergence, DivergenceName
 from fused_kd.functional import KDLossOutput, compute
+from fused_kd.linear import LinearOptions, OneOrMore, check_linear, compute_linear
 from fused_kd.options import OPTIONS, Ensemble, KDOptions, Reduction, VocabMismatch
 from fused_kd.teachers import TeacherLogits
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class FusedKDLoss(torch.nn.Module):
+    from fused_kd.options import LossOptions
+
+
+class _Loss(torch.nn.Module):
+    """A module that holds options, under their names."""
+
+    options: KDOptions
+
+    def __getattr__(self, name: str) -> Any:
+        """The options by their names: `loss_fn.temperature`."""
+        return getattr(self._options_for(name), name) if name in OPTIONS else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`loss_fn.temperature = 3.0`: checked as at construction, and what the next call takes."""
+        if name in OPTIONS:
+            self.options = replace(self._options_for(name), **{name: value})
+        else:
+            super().__setattr__(name, value)
+
+    def _options_for(self, name: str) -> KDOptions:
+        options = self.__dict__.get("options")
+        if options is None:
+            raise AttributeError(f"{name} is an option of the loss, which has none before super().__init__(...)")
+        assert isinstance(options, KDOptions)
+        return options
+
+    def extra_repr(self) -> str:
+        changed: dict[str, Any] = {
+            name: value for name, value in vars(self.options).items() if value != getattr(KDOptions, name)
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in changed.items())
+
+
+class FusedKDLoss(_Loss):
     """Knowledge distillation of Hinton, Vinyals and Dean (2015) over a large vocabulary, as a module.
 
     The options, their defaults and the errors are those of `fused_kd.fused_kd_loss`, which documents them.
@@ -64,24 +100,6 @@ class FusedKDLoss(torch.nn.Module):
             backend=backend,
         )
 
-    def __getattr__(self, name: str) -> Any:
-        """The options by their names: `loss_fn.temperature`."""
-        return getattr(self._options_for(name), name) if name in OPTIONS else super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """`loss_fn.temperature = 3.0`: checked as at construction, and what the next call takes."""
-        if name in OPTIONS:
-            self.options = replace(self._options_for(name), **{name: value})
-        else:
-            super().__setattr__(name, value)
-
-    def _options_for(self, name: str) -> KDOptions:
-        options = self.__dict__.get("options")
-        if options is None:
-            raise AttributeError(f"{name} is an option of FusedKDLoss, which has none before super().__init__(...)")
-        assert isinstance(options, KDOptions)
-        return options
-
     def forward(
         self,
         student_logits: Tensor,
@@ -95,8 +113,56 @@ class FusedKDLoss(torch.nn.Module):
         """The loss of logits [..., V]; see `fused_kd.fused_kd_loss`."""
         return compute(student_logits, teacher_logits, labels, num_items, weights, teacher_weights, self.options)
 
+
+class FusedLinearKDLoss(_Loss):
+    """`FusedKDLoss` from hidden states and heads: no logits are held but those of a chunk of rows.
+
+    The options, their defaults and the errors are those of `fused_kd.fused_linear_kd_loss`, which documents them.
+
+        loss_fn = FusedLinearKDLoss(temperature=2.0, alpha=0.9)
+        loss = loss_fn(student_hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight, labels)
+    """
+
+    def __init__(
+        self,
+        temperature: float = KDOptions.temperature,
+        *,
+        chunk_rows: int | None = None,
+        recompute: bool = False,
+        **options: "Unpack[LossOptions]",
+    ) -> None:
+        super().__init__()
+        self.options = KDOptions(temperature, **options)
+        self.linear = LinearOptions(chunk_rows, recompute)
+        check_linear(self.linear, self.options)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: OneOrMore | None = None,
+        teacher_weight: OneOrMore | None = None,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
+        teacher_logits: TeacherLogits | None = None,
+        num_items: float | Tensor | None = None,
+        weights: Tensor | None = None,
+        teacher_weights: Sequence[float] | Tensor | None = None,
+    ) -> Tensor | KDLossOutput:
+        """The loss of hidden states [..., H] and weights [V, H]; see `fused_kd.fused_linear_kd_loss`."""
+        return compute_linear(
+            (student_hidden, student_weight, student_bias),
+            (teacher_hidden, teacher_weight, teacher_bias, teacher_logits),
+            labels,
+            num_items,
+            weights,
+            teacher_weights,
+            self.linear,
+            self.options,
+        )
+
     def extra_repr(self) -> str:
-        changed: dict[str, Any] = {
-            name: value for name, value in vars(self.options).items() if value != getattr(KDOptions, name)
-        }
-        return ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        changed = [f"{k}={v!r}" for k, v in self.linear._asdict().items() if v != getattr(LinearOptions(), k)]
+        return ", ".join(filter(None, [super().extra_repr(), *changed]))

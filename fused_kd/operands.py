@@ -31,6 +31,40 @@ def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[A
     any strides, and the `kind` of a teacher that is a list of tensors, of the student's leading shape. A fake kernel
     does not `read` what is symbolic; nor sizes, which are looked at when they are known.
     """
+    *named, rows = with_options(names, arguments, read)
+    values = dict(zip(names, named, strict=True))
+    student, teacher, kind = values.pop("student"), values.pop("teacher"), values.pop("kind", LOGITS)
+    check_columns("student", student)
+    if kind == LOGITS and isinstance(teacher, Tensor):
+        if rows.divergence != REST:
+            check_columns("teacher", teacher)
+        elif teacher.dtype != torch.int64 or teacher.dim() == 0:
+            got = f"{teacher.dtype} {tuple(teacher.shape)}"
+            raise TypeError(f"teacher must be int64 ids [..., k] for the divergence {REST!r}, got {got}")
+        teacher = (teacher,)
+    else:
+        check_teacher(kind, student, teacher)
+    check_vectors(kind, student, teacher, values)
+    return *named, rows
+
+
+def check_vectors(kind: str, student: Tensor, teacher: Sequence[Tensor], vectors: dict[str, Tensor]) -> None:
+    """Whether the teacher has the student's rows, and the vectors one number for each of them: `targets`, `stats`, and
+    others by their names. Raises ValueError or TypeError."""
+    count = math.prod(student.shape[:-1])
+    for each in teacher:
+        _check_device("teacher", each, student)
+        _check_size("teacher", each, math.prod(each.shape[:-1]), count, student)
+    dtype, stats_dtype, width = row_dtypes(kind, student, teacher)
+    for name, vector in vectors.items():
+        if name == "stats":
+            _check_rows(name, vector, count, student, stats_dtype, width)
+        else:
+            _check_rows(name, vector, count, student, torch.int64 if name == "targets" else dtype)
+
+
+def with_options(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[Any, ...]:
+    """The arguments with these names, and the RowOptions that come after them."""
     named, options = arguments[: len(names)], arguments[len(names) :]
     rows, symbolic = RowOptions(*options[:_OPTIONS]), [x for x in options[_OPTIONS:] if x is not None]
     rows = rows._replace(parameters=tuple(rows.parameters))
@@ -44,29 +78,6 @@ def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[A
             values = numbers.tolist()
             rows = rows._replace(**dict(zip(SYMBOLIC, values, strict=False)), parameters=tuple(values[len(SYMBOLIC) :]))
     _check_options(rows)
-    values = dict(zip(names, named, strict=True))
-    student, teacher, kind = values.pop("student"), values.pop("teacher"), values.pop("kind", LOGITS)
-    check_columns("student", student)
-    if kind == LOGITS and isinstance(teacher, Tensor):
-        if rows.divergence != REST:
-            check_columns("teacher", teacher)
-        elif teacher.dtype != torch.int64 or teacher.dim() == 0:
-            got = f"{teacher.dtype} {tuple(teacher.shape)}"
-            raise TypeError(f"teacher must be int64 ids [..., k] for the divergence {REST!r}, got {got}")
-        teacher = (teacher,)
-    else:
-        check_teacher(kind, student, teacher)
-    count = math.prod(student.shape[:-1])
-    for each in teacher:
-        _check_device("teacher", each, student)
-        _check_size("teacher", each, math.prod(each.shape[:-1]), count, student)
-    dtype, stats_dtype, width = row_dtypes(kind, student, teacher)
-    _check_rows("targets", values.pop("targets"), count, student, torch.int64)
-    for name, vector in values.items():
-        if name == "stats":
-            _check_rows(name, vector, count, student, stats_dtype, width)
-        else:
-            _check_rows(name, vector, count, student, dtype)
     return *named, rows
 
 
@@ -138,8 +149,9 @@ def register_odd_operands(name: str, operator: Any, names: list[str], mutates: S
 
     def refuse(*arguments: Any) -> NoReturn:
         for operand, values in zip(names, arguments, strict=False):
-            for each in [values] if isinstance(values, Tensor) else values:
-                check_dense(operand, each)
+            for each in values if isinstance(values, list | tuple) else [values]:
+                if isinstance(each, Tensor):
+                    check_dense(operand, each)
         raise AssertionError("unreachable: one of them is nested or masked")
 
     def refuse_subclass(_kind: Any, _operator: Any, _types: Any, arguments: tuple[Any, ...], _: Any) -> NoReturn:

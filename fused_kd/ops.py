@@ -108,25 +108,30 @@ def _fake_fused(student: Tensor, teacher: Tensor, targets: Tensor, *rest: Any) -
 _SCHEMA = {float: "float", str: "str", bool: "bool", tuple[float, ...]: "float[]"}
 
 
-def _operator(
-    name: str, real: Callable[..., Any], fake: Callable[..., Any], signature: str, mutates: Sequence[str] = ()
+def operator(
+    name: str,
+    real: Callable[..., Any],
+    fake: Callable[..., Any],
+    signature: str,
+    mutates: Sequence[str] = (),
+    check: Callable[..., tuple[Any, ...]] = checked,
 ) -> Any:
     """Registers `real` as fused_kd::name. `signature` leaves out the options, which are those of RowOptions and reach
-    `real` and `fake` as one."""
-    arguments, result = signature.split(" -> ")
+    `real` and `fake` as one, once `check` has seen them."""
+    arguments, results = signature.split(" -> ")
     options = ", ".join(f"{_SCHEMA[kind]} {option}" for option, kind in RowOptions.__annotations__.items())
     options += "=[]"  # the parameters
     names = [argument.split()[-1] for argument in arguments.split(", ")]
 
     def registered(kernel: Callable[..., Any], read: bool) -> Callable[..., Any]:
-        return lambda *arguments: kernel(*checked(names, arguments, read))
+        return lambda *arguments: kernel(*check(names, arguments, read))
 
     name = f"fused_kd::{name}"
-    schema = f"({arguments}, {options}, Tensor? symbolic=None) -> {result}"
-    operator = torch.library.custom_op(name, registered(real, read=True), mutates_args=mutates, schema=schema)
-    operator.register_fake(registered(fake, read=False))
-    register_odd_operands(name, operator, names, mutates)
-    return operator
+    schema = f"({arguments}, {options}, Tensor? symbolic=None) -> {results}"
+    result = torch.library.custom_op(name, registered(real, read=True), mutates_args=mutates, schema=schema)
+    result.register_fake(registered(fake, read=False))
+    register_odd_operands(name, result, names, mutates)
+    return result
 
 
 def _pair(
@@ -136,16 +141,16 @@ def _pair(
     rows = f"Tensor student, {teacher}, Tensor targets"
     grads = f"{rows}, Tensor stats, Tensor grad_soft, Tensor grad_hard{kind} ->"
     return (
-        _operator(f"{name}_forward", forward, _fake_forward, f"{rows}{kind} -> (Tensor, Tensor, Tensor)"),
-        _operator(f"{name}_backward", _new(write), _fake_backward, f"{grads} Tensor"),
-        _operator(
+        operator(f"{name}_forward", forward, _fake_forward, f"{rows}{kind} -> (Tensor, Tensor, Tensor)"),
+        operator(f"{name}_backward", _new(write), _fake_backward, f"{grads} Tensor"),
+        operator(
             f"{name}_backward_", _in_place(write), lambda *_: None, f"{grads} ()".replace(" ", "(a!) ", 1), ["student"]
         ),
     )
 
 
 rows_forward, rows_backward, rows_backward_ = _pair("rows", forward, write_gradient, "Tensor teacher", "")
-rows_fused = _operator(
+rows_fused = operator(
     "rows_fused",
     fused,
     _fake_fused,
@@ -154,7 +159,7 @@ rows_fused = _operator(
 teachers_forward, teachers_backward, teachers_backward_ = _pair(
     "teachers", teachers.rows_forward, teachers.rows_backward, "Tensor[] teacher", ", str kind"
 )
-teachers_entropy = _operator(
+teachers_entropy = operator(
     "teachers_entropy",
     teachers.rows_entropy,
     _fake_entropy,

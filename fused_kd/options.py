@@ -3,7 +3,7 @@
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from fused_kd.divergences import Divergence, DivergenceName, divergence_of
 from fused_kd.real_numbers import described, number
@@ -103,6 +103,27 @@ class KDOptions:
 
     def weight_of_hard(self, taken: Callable[[float], Any] = float) -> Any:
         return 1 - taken(self.alpha) if self.hard_weight is None else taken(self.hard_weight)
+
+
+class LossOptions(TypedDict, total=False):
+    """The fields of KDOptions but the temperature, for type checkers."""
+
+    alpha: float
+    hard_weight: float | None
+    teacher_temperature: float | None
+    t2_scaling: bool
+    divergence: DivergenceName | Divergence
+    ensemble: Ensemble
+    reduction: Reduction
+    ignore_index: int
+    soft_on_ignored: bool
+    shift: bool
+    label_smoothing: float
+    vocab_mismatch: VocabMismatch
+    inplace: bool
+    return_parts: bool
+    entropies: bool
+    backend: str
 
 
 OPTIONS = frozenset(KDOptions.__dataclass_fields__)

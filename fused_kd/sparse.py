@@ -169,6 +169,12 @@ def backend_for(name: str, student: Tensor, teacher: Sequence[Tensor], divergenc
     return choose(name, student, student, REST)
 
 
+def check_rows(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str) -> None:
+    """On the CPU. Raises IndexError or ValueError for a row that counts and cannot be."""
+    if targets.device.type == "cpu":
+        _checked(_slots(student, teacher), targets, kind, student.shape[-1])
+
+
 def row_dtypes(student: Tensor, teacher: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, int]:
     """The dtype of vectors with one number a row; that of stats, and how many numbers these have a row."""
     dtype = row_dtype(student)

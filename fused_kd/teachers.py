@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import backends, ensemble, sparse
-from fused_kd.backends.rows import STATS, LogitRows, RowOptions, exact_dtype, row_dtype
+from fused_kd.backends.rows import STATS, LogitRows, RowOptions, check_targets, exact_dtype, row_dtype
 from fused_kd.checks import check_teacher_logits, check_teacher_weights
 from fused_kd.divergences import divergence_of
 from fused_kd.options import KDOptions
@@ -34,18 +34,26 @@ class Teacher(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
+def tensors_of(teacher: object) -> Sequence[object]:
+    """What stands in `teacher_logits`, before it is checked."""
+    if isinstance(teacher, SparseTeacher):
+        return teacher.ids, teacher.log_probs
+    return teacher if isinstance(teacher, (list, tuple)) else [teacher]
+
+
 def teacher_of(
     student: Tensor,
     teacher: TeacherLogits,
     weights: Sequence[float] | Tensor | None,
     options: KDOptions,
     readable: bool,
+    name: str = "teacher_logits",
 ) -> Teacher:
-    """The teacher, checked and detached."""
+    """The teacher, checked and detached; `name` is what errors call it."""
     if not isinstance(teacher, (list, tuple)):
         if weights is not None:
             raise ValueError(
-                "teacher_weights weighs several teachers, but teacher_logits is one; leave teacher_weights out, or "
+                "teacher_weights weighs several teachers, but there is one teacher; leave teacher_weights out, or "
                 "pass a list of tensors"
             )
         if isinstance(teacher, SparseTeacher):
@@ -56,11 +64,11 @@ def teacher_of(
                 )
             sparse.check_fits(teacher, student, divergence_of(options.divergence))
             return Teacher(teacher.missing, (teacher.ids, teacher.log_probs.detach()))
-        teacher = check_teacher_logits("teacher_logits", teacher, student, options)
+        teacher = check_teacher_logits(name, teacher, student, options)
         return Teacher(LOGITS, (teacher.detach(),))
     if len(teacher) == 0:
-        raise ValueError("teacher_logits must have at least one tensor, got an empty list")
-    named = [(f"teacher_logits[{k}]", logits) for k, logits in enumerate(teacher)]
+        raise ValueError(f"{name} must have at least one tensor, got an empty list")
+    named = [(f"{name}[{k}]", logits) for k, logits in enumerate(teacher)]
     tensors = tuple(check_teacher_logits(name, logits, student, options).detach() for name, logits in named)
     shares = check_teacher_weights(weights, len(teacher), student, readable)
     if len(tensors) == 1:
@@ -109,6 +117,26 @@ def backend_name(name: str, student: Tensor, teacher: Teacher, divergence: str) 
     return chosen
 
 
+def logits_of(teacher: Teacher) -> tuple[Tensor, ...]:
+    """Those of its tensors that are logits [..., V]."""
+    if teacher.kind == LOGITS:
+        return teacher.tensors
+    return teacher.tensors[1:] if teacher.kind in ensemble.ENSEMBLES else ()
+
+
+def common_columns(student: Tensor, teacher: Teacher) -> int:
+    """The vocabulary: the columns that all have."""
+    return min(x.shape[-1] for x in (student, *logits_of(teacher)))
+
+
+def check_rows(student: Tensor, teacher: Teacher, targets: Tensor, options: RowOptions) -> None:
+    """Raises what the verbs do for a row that cannot be, with its number among all rows."""
+    logits = student[..., : common_columns(student, teacher)]
+    check_targets(LogitRows(student, logits, targets, options))
+    if teacher.kind in sparse.MISSING:
+        sparse.check_rows(student, teacher.tensors, targets, teacher.kind)
+
+
 def rows_forward(
     student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,6 +164,26 @@ def rows_backward(
         backends.PREFERENCE[options.backend].rows_backward(rows, *vectors, out)
     else:
         verbs_of(kind).rows_backward(student, teacher, targets, *vectors, kind, options, out)
+
+
+def rows_fused(
+    student: Tensor,
+    teacher: Sequence[Tensor],
+    targets: Tensor,
+    coef_soft: Tensor,
+    coef_hard: Tensor,
+    kind: str,
+    options: RowOptions,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """soft[N] and hard[N], and the gradient of sum(coef_soft * soft + coef_hard * hard) into `out`, which may be the
+    student."""
+    if kind == LOGITS:
+        rows = LogitRows(student, teacher[0], targets, options)
+        return backends.PREFERENCE[options.backend].rows_fused(rows, coef_soft, coef_hard, out)
+    soft, hard, stats = rows_forward(student, teacher, targets, kind, options)
+    rows_backward(student, teacher, targets, stats, coef_soft, coef_hard, kind, options, out)
+    return soft, hard
 
 
 def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:

@@ -1,0 +1,156 @@
+"""The rows of a loss from hidden states as one PyTorch operator, with its gradient.
+
+Gradients are computed in the forward, while the logits of a chunk are there, and the upstream gradient, a number, is
+applied in the backward. With `recompute` the backward computes them, and projects everything again; the upstream
+gradient may then be one number a row.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd import teachers
+from fused_kd.backends.rows import RowOptions
+from fused_kd.linear_rows import Head, Heads, linear_rows, product_dtype
+from fused_kd.operands import check_vectors, with_options
+from fused_kd.ops import no_second_derivative, operator
+
+_BLOCK = 1 << 24  # elements of a gradient that are rounded at a time
+
+
+class _Operands(NamedTuple):
+    student: Head
+    teacher: Heads
+    targets: Tensor
+    coef_soft: Tensor
+    coef_hard: Tensor
+    wanted: tuple[bool, bool, bool]
+    recompute: bool
+    summed: bool
+    entropies: bool
+    chunk_rows: int | None
+    options: RowOptions
+
+
+_SIGNATURE = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor[] teacher_weights, Tensor?[] teacher_biases, "
+    "str kind, Tensor targets, Tensor coef_soft, Tensor coef_hard, bool[] wanted, bool recompute, bool summed, "
+    "bool entropies, int? chunk_rows, ScalarType? dtype"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_COEF_SOFT, _COEF_HARD = 8, 9  # among the arguments
+_GRADIENTS = slice(5, 8)  # of the results
+
+
+def _checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[_Operands]:
+    """`teacher` ends with the hidden states of its heads. Raises ValueError or TypeError."""
+    *named, options = with_options(names, arguments, read)
+    hidden, weight, bias, teacher, weights, biases, kind, targets, coef_soft, coef_hard, *switches, dtype = named
+    wanted, recompute, summed, entropies, chunk_rows = switches
+    student = Head(hidden, weight, bias, product_dtype(hidden, dtype))
+    given = len(teacher) - len(weights)
+    heads = zip(teacher[given:], weights, biases, strict=True)
+    of_teacher = Heads(
+        kind, tuple(teacher[:given]), tuple(Head(*head, product_dtype(head[0], dtype)) for head in heads)
+    )
+    vectors = {"targets": targets, "coef_soft": coef_soft, "coef_hard": coef_hard}
+    check_vectors(kind, student.logits_like(), of_teacher.as_teacher().tensors, vectors)
+    operands = (student, of_teacher, targets, coef_soft, coef_hard, tuple(wanted), recompute, summed, entropies)
+    return (_Operands(*operands, chunk_rows, options),)
+
+
+def _real(a: _Operands) -> tuple[Tensor, ...]:
+    wanted = (False, False, False) if a.recompute else a.wanted
+    rows = linear_rows(
+        a.student, a.teacher, a.targets, a.coef_soft, a.coef_hard, a.options, wanted, a.entropies, a.chunk_rows
+    )
+    losses = rows.soft * a.coef_soft + rows.hard * a.coef_hard
+    of_hidden, *others = rows.gradients
+    gradients = (None if of_hidden is None else of_hidden.view(a.student.hidden.shape), *others)
+    loss = losses.sum() if a.summed else losses
+    return _results(loss, rows.soft, rows.hard, *(rows.entropies or (None, None)), *gradients)
+
+
+def _fake(a: _Operands) -> tuple[Tensor, ...]:
+    like, logits = a.student.logits_like(), a.teacher.as_teacher()
+    dtype, *_ = teachers.row_dtypes(logits.kind, like, logits.tensors)
+    soft, hard, *entropies = (a.targets.new_empty(a.targets.shape, dtype=dtype) for _ in range(4))
+    exact = torch.promote_types(a.student.dtype, torch.float32)
+    gradients = (
+        None if x is None or a.recompute or not wanted else x.new_empty(x.shape, dtype=exact)
+        for x, wanted in zip(a.student[:3], a.wanted, strict=True)
+    )
+    loss = soft.new_empty(()) if a.summed else torch.empty_like(soft)
+    return _results(loss, soft, hard, *(entropies if a.entropies else (None, None)), *gradients)
+
+
+def _results(loss: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    """An operator has no None among its results; and each of them has a memory of its own."""
+    return loss, *(loss.new_empty(0) if x is None else x for x in others)
+
+
+linear_loss = operator("linear_loss", _real, _fake, _SIGNATURE, check=_checked)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, (teacher, weights, biases), rest = inputs[:3], inputs[3:6], inputs[6:]
+    kind, targets, coef_soft, coef_hard, ctx.wanted, ctx.recompute, _, _, chunk_rows, dtype, *options, symbolic = rest
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [None if x is None else x.dtype for x in student]
+    ctx.lengths = [len(teacher), len(weights), len(biases)]
+    ctx.others = kind, chunk_rows, dtype, options
+    lists = (*teacher, *weights, *biases)
+    again = (*student, targets, coef_soft, coef_hard, symbolic, *lists) if ctx.recompute else ()
+    ctx.save_for_backward(*output[1:3], *output[_GRADIENTS], *again)
+
+
+def _gradient(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+    if any(x is not None for x in others):
+        no_second_derivative()
+    # (In the structure that PyTorch asks for: a list of tensors has a list of gradients.)
+    results: list[Any] = [[None] * len(x) if isinstance(x, list) else None for x in ctx.needs_input_grad]
+    if grad is not None:
+        needed = [bool(x) for x in ctx.needs_input_grad[:3]]
+        soft, hard, *gradients = ctx.saved_tensors[:5]
+        if ctx.recompute:
+            gradients = _computed(ctx, grad, ctx.saved_tensors[5:], needed)
+        for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
+            if needed[i]:
+                results[i] = _rounded(gradient, dtype, None if ctx.recompute else grad)
+        for i, term in ((_COEF_SOFT, soft), (_COEF_HARD, hard)):
+            if ctx.needs_input_grad[i]:
+                results[i] = grad * term
+    return tuple(results)
+
+
+def _computed(ctx: Any, grad: Tensor, saved: tuple[Any, ...], wanted: list[bool]) -> list[Tensor]:
+    *student, targets, coef_soft, coef_hard, symbolic = saved[:7]
+    lists, rest = [], list(saved[7:])
+    for length in ctx.lengths:
+        lists.append(rest[:length])
+        del rest[:length]
+    kind, chunk_rows, dtype, options = ctx.others
+    switches = (wanted, False, True, False, chunk_rows, dtype)
+    coefs = (coef_soft * grad, coef_hard * grad)
+    return list(linear_loss(*student, *lists, kind, targets, *coefs, *switches, *options, symbolic)[_GRADIENTS])
+
+
+def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor | None) -> Tensor:
+    """`by` times the gradient, which is ours where that is None."""
+    traced = torch.compiler.is_compiling()
+    if gradient.dtype == dtype and by is not None:
+        # Where the graph is not kept nobody will ask for it again, and it need not be there twice.
+        ours = not (traced or torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
+        return gradient.detach().mul_(by) if ours else gradient * by
+    if gradient.dtype == dtype or traced:
+        return (gradient if by is None else gradient * by).to(dtype)
+    out = torch.empty_like(gradient, dtype=dtype)
+    step = max(1, _BLOCK // max(1, math.prod(gradient.shape[1:])))
+    for some, rounded in zip(torch.split(gradient, step), torch.split(out, step), strict=True):
+        rounded.copy_(some if by is None else some * by)
+    return out
+
+
+linear_loss.register_autograd(_gradient, setup_context=_save)

@@ -1,0 +1,239 @@
+"""The rows of a loss from hidden states: their logits exist for a chunk of rows at a time, and so does their gradient.
+
+For a chunk of n rows with hidden states X [n, H], a head W [V, H] and its bias b [V]:
+
+    S = X W^T + b                            the student's logits; T, the teacher's, likewise
+    soft, hard, G                            by the fused verb: G = d loss / dS, over S where their dtypes are one
+    dX = G W      dW += G^T X      db += G^T 1
+
+Four products of 2 n H V operations, of which two are left where no gradient is wanted. Where the products take 16 bits
+S and T come out in float32 on a GPU, as nobody rounds them; a CPU's products round. What is added up over the chunks is
+float32 at least, and so is dX: the upstream gradient, which may be a loss scale, comes before they are rounded.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd import teachers
+from fused_kd.backends.pytorch import row_index
+from fused_kd.backends.rows import SKIP, RowOptions
+from fused_kd.entropies import row_entropies
+from fused_kd.gradient_memory import empty
+from fused_kd.teachers import LOGITS, Teacher
+
+# What the logits of a chunk may take, with their gradient where that has a place of its own. A longer chunk reads the
+# heads less often and adds less often to dW.
+CHUNK_BYTES = 768 << 20
+
+_BLOCK = 1 << 24  # elements that are converted from one dtype to another at a time
+
+
+class Head(NamedTuple):
+    """Logits are hidden [..., H] times weight [V, H] transposed, plus bias [V], computed in `dtype`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        widens = self.dtype.itemsize == 2 and self.hidden.device.type == "cuda" and torch.version.hip is None
+        return torch.float32 if widens else self.dtype
+
+    def logits_like(self) -> Tensor:
+        """The logits' shape, dtype and device, with the memory of one row."""
+        row = self.hidden.new_empty(self.weight.shape[0], dtype=self.logits_dtype)
+        return row.expand(*self.hidden.shape[:-1], -1)
+
+    def cut(self, columns: int) -> "Head":
+        """The first columns of the vocabulary, with what all chunks share in `dtype`."""
+        weight = self.weight[:columns].to(self.dtype)
+        return self._replace(weight=weight, bias=None if self.bias is None else self.bias[:columns].to(self.dtype))
+
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """The logits [n, V] of hidden states [n, H]."""
+        if out.dtype == self.dtype and self.bias is not None:
+            return torch.addmm(self.bias, hidden, self.weight.T, out=out)
+        _product(out, hidden, self.weight.T)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def product_dtype(hidden: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """That in which torch.nn.Linear would work under autocast to this dtype; None: without."""
+    return hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
+
+
+class Heads(NamedTuple):
+    """A `fused_kd.teachers.Teacher`; where it has `heads`, their logits come after its tensors."""
+
+    kind: str
+    tensors: tuple[Tensor, ...]
+    heads: tuple[Head, ...]
+
+    def as_teacher(self) -> Teacher:
+        """With logits that have the memory of one row."""
+        return Teacher(self.kind, (*self.tensors, *(head.logits_like() for head in self.heads)))
+
+
+class Gradients(NamedTuple):
+    """Of the student's hidden states [N, H], weight [V, H] and bias [V]; None for what is not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class LinearRows(NamedTuple):
+    """The terms of each row, [N]; the entropies of student and teacher, if wanted; the gradients."""
+
+    soft: Tensor
+    hard: Tensor
+    entropies: tuple[Tensor, ...]
+    gradients: Gradients
+
+
+def linear_rows(
+    student: Head,
+    teacher: Heads,
+    targets: Tensor,
+    coef_soft: Tensor,
+    coef_hard: Tensor,
+    options: RowOptions,
+    wanted: tuple[bool, bool, bool],
+    entropies: bool,
+    chunk_rows: int | None,
+) -> LinearRows:
+    """The gradients are those of sum(coef_soft * soft + coef_hard * hard) that are `wanted`, in their order, float32 at
+    least. chunk_rows None takes what CHUNK_BYTES allow. Raises IndexError or ValueError for rows, as the verbs do."""
+    like, logits = student.logits_like(), teacher.as_teacher()
+    options = options._replace(backend=teachers.backend_name(options.backend, like, logits, options.divergence))
+    teachers.check_rows(like, logits, targets, options)
+    columns = teachers.common_columns(like, logits)
+    dtype, *_ = teachers.row_dtypes(logits.kind, like, logits.tensors)
+    soft, hard, *of_both = (targets.new_zeros(targets.shape, dtype=dtype) for _ in range(4 if entropies else 2))
+    scale = None
+    if student.dtype == torch.float16 and any(wanted) and len(targets) > 0:
+        # A mean's gradients would be lost in float16: those of rows with coefficients about 1 are not.
+        largest = torch.maximum(coef_soft.abs().amax(), coef_hard.abs().amax())
+        scale = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+        coef_soft, coef_hard = coef_soft * scale, coef_hard * scale
+
+    read = options.soft or entropies  # the teacher
+    head, heads = student.cut(columns), [each.cut(columns) for each in teacher.heads if read]
+    over = head.dtype == head.logits_dtype  # the gradient is written over the logits
+    dtypes = [x.logits_dtype for x in (head, *heads)] + ([] if over or not any(wanted) else [head.dtype])
+    size = min(len(targets), chunk_rows or CHUNK_BYTES // (columns * sum(x.itemsize for x in dtypes)) or 1)
+    spans = _spans(targets, size)
+    space = _side_by_side(size if spans else 0, columns, dtypes, targets.device)
+    gradients = _Sums(student, head, wanted, spans, len(targets))
+    for rows in spans:
+        x, target = _taken(student.hidden, rows).to(head.dtype), targets[rows]
+        places = [place[: len(target)] for place in space]
+        s = head.project(x, places[0])
+        projected = (
+            each.project(_taken(each.hidden, rows).to(each.dtype), place)
+            for each, place in zip(heads, places[1:], strict=False)
+        )
+        piece = Teacher(LOGITS, (s,))
+        if read:
+            piece = Teacher(teacher.kind, (*(_taken(each, rows) for each in teacher.tensors), *projected))
+        if entropies:
+            of_both[0][rows], of_both[1][rows] = row_entropies(s, piece, target, options, None)
+        if any(wanted):
+            g = s if over else places[-1]
+            coefs = coef_soft[rows], coef_hard[rows]
+            soft[rows], hard[rows] = teachers.rows_fused(s, piece.tensors, target, *coefs, piece.kind, options, g)
+            gradients.add(rows, g, x)
+        else:
+            soft[rows], hard[rows], _ = teachers.rows_forward(s, piece.tensors, target, piece.kind, options)
+    return LinearRows(soft, hard, tuple(of_both), gradients.finish(scale))
+
+
+class _Sums:
+    """Of the gradients, over the chunks of `rows`."""
+
+    def __init__(
+        self, student: Head, head: Head, wanted: tuple[bool, bool, bool], rows: list["Span"], number: int
+    ) -> None:
+        dtype = torch.promote_types(head.dtype, torch.float32)
+        (columns, width), device = student.weight.shape, student.hidden.device
+        all_rows = sum(x.stop - x.start for x in rows if isinstance(x, slice)) == number
+        self.head, self.empty = head, True
+        self.hidden = self.weight = self.bias = None
+        if wanted[0]:
+            new = torch.empty if all_rows else torch.zeros
+            self.hidden = new((number, width), dtype=dtype, device=device)
+        if wanted[1]:
+            self.weight = torch.empty((columns, width), dtype=dtype, device=device)
+            self.weight[len(head.weight) if rows else 0 :] = 0
+        if wanted[2]:
+            self.bias = torch.zeros(columns, dtype=dtype, device=device)
+
+    def add(self, rows: "Span", g: Tensor, x: Tensor) -> None:
+        """The gradient over logits [n, V] of hidden states [n, H]."""
+        columns = g.shape[1]
+        if self.hidden is not None and isinstance(rows, slice):
+            _product(self.hidden[rows], g, self.head.weight)
+        elif self.hidden is not None:
+            self.hidden[rows] = _product(self.hidden.new_empty(x.shape), g, self.head.weight)
+        if self.weight is not None:
+            _product(self.weight[:columns], g.T, x, add=not self.empty)
+        if self.bias is not None:
+            self.bias[:columns] += g.sum(0, dtype=self.bias.dtype)
+        self.empty = False
+
+    def finish(self, scale: Tensor | None) -> Gradients:
+        result = Gradients(self.hidden, self.weight, self.bias)
+        for gradient in result:
+            if gradient is not None and scale is not None:
+                gradient.div_(scale)
+        return result
+
+
+Span = slice | Tensor
+
+
+def _spans(targets: Tensor, size: int) -> list[Span]:
+    """Of so many rows each. Where it costs no synchronisation, of those alone that have a term."""
+    if targets.device.type == "cpu":
+        rows = (targets != SKIP).nonzero().squeeze(1)
+        if len(rows) < len(targets):
+            return list(torch.split(rows, size)) if len(rows) else []
+    return [slice(begin, min(begin + size, len(targets))) for begin in range(0, len(targets), max(1, size))]
+
+
+def _taken(x: Tensor, rows: Span) -> Tensor:
+    """These rows [n, m] of x [..., m]; a view where that can be, and never more than they are."""
+    if isinstance(rows, slice):
+        try:
+            return x.view(-1, x.shape[-1])[rows]
+        except RuntimeError:  # its strides do not allow it
+            rows = torch.arange(rows.start, rows.stop, device=x.device)
+    return x[row_index(rows, x.shape[:-1])]
+
+
+def _side_by_side(size: int, columns: int, dtypes: list[torch.dtype], device: torch.device) -> list[Tensor]:
+    """A [size, columns] of each dtype, in one piece of memory: the next call finds that as it is."""
+    used = [size * columns * dtype.itemsize for dtype in dtypes]
+    memory = empty([sum(-(-x // 64) * 64 for x in used)], torch.uint8, device)
+    parts = torch.split(memory, [-(-x // 64) * 64 for x in used])
+    return [part[:x].view(dtype).view(size, columns) for part, x, dtype in zip(parts, used, dtypes, strict=True)]
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
+    """out = a b, or out += a b, with the dtype of out, rounded once where the device can."""
+    if out.dtype == a.dtype:
+        return out.addmm_(a, b, beta=int(add))
+    if a.device.type == "cuda":
+        return torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
+    for some, of_a in zip(torch.split(out, _block(out)), torch.split(a, _block(out)), strict=True):
+        product = of_a @ b
+        some.add_(product) if add else some.copy_(product)
+    return out
+
+
+def _block(x: Tensor) -> int:
+    return max(1, _BLOCK // max(1, x.shape[-1]))
