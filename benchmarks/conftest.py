@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from contenders import COPY, SHAPES
+from linear_contenders import LINEAR_SHAPES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,6 +15,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--shapes",
         default=SHAPES["cuda" if torch.cuda.is_available() else "cpu"],
         help="comma-separated ROWSxVOCABULARY (default: %(default)s)",
+    )
+    group.addoption(
+        "--linear-shapes",
+        default=LINEAR_SHAPES["cuda" if torch.cuda.is_available() else "cpu"],
+        help="comma-separated ROWSxWIDTHxVOCABULARY, of the loss from hidden states (default: %(default)s)",
     )
     group.addoption("--dtypes", default="float32,bfloat16", help="comma-separated dtypes (default: %(default)s)")
     group.addoption("--scaling", action="store_true", help="add shapes that show time against N and V")
@@ -25,6 +31,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if metafunc.config.getoption("--scaling"):
             shapes += ["128x128256", "512x128256", "256x64128", "256x256512"]
         metafunc.parametrize("shape", [tuple(map(int, s.split("x"))) for s in shapes], ids=shapes)
+    if "linear_shape" in metafunc.fixturenames:
+        shapes = metafunc.config.getoption("--linear-shapes").split(",")
+        metafunc.parametrize("linear_shape", [tuple(map(int, s.split("x"))) for s in shapes], ids=shapes)
     if "dtype" in metafunc.fixturenames:
         dtypes = metafunc.config.getoption("--dtypes").split(",")
         metafunc.parametrize("dtype", [getattr(torch, name) for name in dtypes], ids=dtypes)

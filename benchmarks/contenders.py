@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +61,14 @@ class Inputs:
         self.teacher = logits()
         self.labels = torch.randint(vocabulary, (rows,), generator=generator, device=device)
         self.buffer = torch.empty_like(self.teacher)
+        self.logits_bytes = self.teacher.nbytes
         self.soft = torch.full((rows,), ALPHA * TAU**2 / rows, device=device)
         self.hard = torch.full((rows,), (1 - ALPHA) / rows, device=device)
 
 
 @dataclass(frozen=True)
 class Contender:
-    work: Callable[[Inputs], Work]
+    work: Callable[[Any], Work]  # of Inputs, or LinearInputs
     # Tensors of the logits' size that have to cross the memory's bus: for the gradient both are read and one is
     # written, for the loss both are read, and without one visit for both that is once more.
     crossings: int = 5
@@ -88,7 +90,7 @@ def of_others(device: str) -> dict[str, Contender]:
     others = {
         YARDSTICK: Contender(lambda inputs: lambda: torch.softmax(inputs.student, -1), 2),
         "floor: add(s, t, out=g)": Contender(_add, 3),
-        "eager": Contender(lambda inputs: _gradient(_eager_loss, inputs)),
+        "eager": Contender(lambda inputs: _gradient(eager_loss, inputs)),
         "torch.compile": Contender(_compiled),
     }
     if device == "cuda" and importlib.util.find_spec("liger_kernel"):
@@ -187,7 +189,7 @@ class _Output(torch.autograd.Function):
         return gradient
 
 
-def _eager_loss(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+def eager_loss(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     s = s.float()  # as trainers do: in bf16 PyTorch rounds the log-sum-exp too
     soft = kl_div(log_softmax(s / TAU, -1), softmax(t.float() / TAU, -1), reduction="batchmean")
     return ALPHA * TAU**2 * soft + (1 - ALPHA) * cross_entropy(s, y)
@@ -195,7 +197,7 @@ def _eager_loss(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 def _compiled(inputs: Inputs) -> Work:
     torch._dynamo.reset()
-    return _gradient(torch.compile(_eager_loss, fullgraph=True, dynamic=False), inputs)
+    return _gradient(torch.compile(eager_loss, fullgraph=True, dynamic=False), inputs)
 
 
 def _liger(inputs: Inputs) -> Work:

@@ -1,15 +1,18 @@
 """The contenders of contenders.py beside one another, in speed and memory.
 
     pytest benchmarks --benchmark-only [--shapes 256x128256,1024x151936] [--dtypes float32,bfloat16] [--scaling]
+    pytest benchmarks --benchmark-only -k linear [--linear-shapes 1024x576x49152]
 
 On a GPU where there is one; `gpu_report.py` runs the same there, and more.
 """
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from contenders import YARDSTICK, Contender, Inputs, copies, of_backend, of_divergences, of_others
+from linear_contenders import LINEAR_YARDSTICK, LinearInputs, of_linear
 from memory import peak_extra_bytes
 from timing import WARMUP, before_round, clock, rounds
 
@@ -45,22 +48,35 @@ def test_divergences(benchmark: Any, shape: tuple[int, int], dtype: torch.dtype,
     measure(benchmark, shape, dtype, contender, OF_DIVERGENCES[contender], "forward_kl")
 
 
+OF_LINEAR = of_linear()
+
+
+@pytest.mark.benchmark(timer=clock(DEVICE))
+@pytest.mark.parametrize("contender", OF_LINEAR)
+def test_linear(benchmark: Any, linear_shape: tuple[int, int, int], dtype: torch.dtype, contender: str) -> None:
+    measure(benchmark, linear_shape, dtype, contender, OF_LINEAR[contender], LINEAR_YARDSTICK)
+
+
 def measure(
-    benchmark: Any, shape: tuple[int, int], dtype: torch.dtype, name: str, contender: Contender, yardstick: str
+    benchmark: Any, shape: tuple[int, ...], dtype: torch.dtype, name: str, contender: Contender, yardstick: str
 ) -> None:
-    n, vocabulary = shape
     try:
-        inputs = Inputs(n, vocabulary, dtype, DEVICE)
+        inputs = (Inputs if len(shape) == 2 else LinearInputs)(*shape, dtype, DEVICE)
         work = contender.work(inputs)
         work()  # compiles, starts threads, takes memory from the system
-        benchmark.group = f"{n} x {vocabulary}, {str(dtype).removeprefix('torch.')}, of {yardstick}"
+        sizes = " x ".join(map(str, shape))
+        benchmark.group = f"{sizes}, {str(dtype).removeprefix('torch.')}, of {yardstick}"
         benchmark.extra_info["contender"] = name
         benchmark.extra_info["yardstick"] = yardstick
         benchmark.extra_info["peak_extra_bytes"] = peak_extra_bytes(work, DEVICE)
-        benchmark.extra_info["logits_bytes"] = inputs.teacher.nbytes
-        benchmark.extra_info["bytes"] = contender.crossings * inputs.teacher.nbytes
+        benchmark.extra_info["logits_bytes"] = inputs.logits_bytes
+        benchmark.extra_info["bytes"] = contender.crossings * inputs.logits_bytes
         benchmark.pedantic(
-            work, setup=before_round(DEVICE), rounds=rounds(n * vocabulary), iterations=1, warmup_rounds=WARMUP
+            work,
+            setup=before_round(DEVICE),
+            rounds=rounds(math.prod(shape)),
+            iterations=1,
+            warmup_rounds=WARMUP if len(shape) == 2 else 1,
         )
     except torch.cuda.OutOfMemoryError:
-        pytest.skip(f"{name}: out of memory at {n} x {vocabulary}, {dtype}")
+        pytest.skip(f"{name}: out of memory at {shape}, {dtype}")

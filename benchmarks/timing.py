@@ -50,8 +50,8 @@ def before_round(device: str) -> Callable[[], None]:
 
 
 def rounds(elements: int) -> int:
-    """How many, for logits of this many elements."""
-    return 25 if elements > 10**7 else 200
+    """How many, for logits of this many elements, or for products of this many multiplications."""
+    return 7 if elements > 10**10 else 25 if elements > 10**7 else 200
 
 
 def measure(function: Callable[[], object], device: str, count: int, warmup: int = WARMUP) -> Times:
