@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd import ops, teachers
+from fused_kd import capped, ops
 from fused_kd.backends.rows import RowOptions
 from fused_kd.checks import lazy, plain
 from fused_kd.gradient_memory import empty_gradient
@@ -84,7 +84,7 @@ class _EagerFunction(FusedKDFunction):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         student, targets, coef_soft, coef_hard, _, kind, options, _, summed, *teacher = inputs
-        soft, hard, stats = teachers.rows_forward(student, teacher, targets, kind, options)
+        soft, hard, stats = capped.rows_forward(student, teacher, targets, kind, options)
         output = (_losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats)
         FusedKDFunction.setup_context(ctx, inputs, output)
         ctx.eager = True
@@ -156,7 +156,7 @@ def _gradients(
         gradient = student if inplace else empty_gradient(student)
         if inplace:
             torch.autograd.graph.increment_version(student)
-        teachers.rows_backward(student, teacher, targets, *vectors, kind, options, gradient)
+        capped.rows_backward(student, teacher, targets, *vectors, kind, options, gradient)
         return gradient.detach() if inplace else gradient, *of_coefficients
     if inplace:
         # A graph may return the logits too, or need them for another loss. Where it does not, inductor elides the copy.

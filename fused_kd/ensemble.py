@@ -26,6 +26,7 @@ from fused_kd.backends.rows import (
     RowOptions,
     check_targets,
     exact_dtype,
+    new_results,
     row_dtype,
     with_itself,
 )
@@ -35,7 +36,7 @@ from fused_kd.options import Ensemble
 
 ENSEMBLES: tuple[str, ...] = get_args(Ensemble)
 
-_PIECE = 1 << 18  # elements of the combined logits
+_PIECE = 1 << 18  # elements of logits that are written anew at a time
 _PIECE_ON_A_GPU = 1 << 24  # few rows would not fill one
 
 
@@ -90,6 +91,11 @@ def pieces(sizes: Sequence[int], rows: int) -> Iterator[tuple[tuple[int | slice,
             begin += number * inner
 
 
+def piece_rows(like: Tensor) -> int:
+    """How many rows of logits [..., V] are written anew at a time."""
+    return max(1, (_PIECE if like.device.type == "cpu" else _PIECE_ON_A_GPU) // like.shape[-1])
+
+
 # The verbs. `teacher` is (weights [..., K], t_1 [..., V_1], ... t_K).
 
 
@@ -126,9 +132,7 @@ def row_dtypes(student: Tensor, teacher: Sequence[Tensor]) -> tuple[torch.dtype,
 def rows_forward(
     student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, stats_dtype, width = row_dtypes(student, teacher)
-    soft, hard = (student.new_empty(targets.numel(), dtype=dtype) for _ in range(2))
-    stats = student.new_empty((targets.numel(), width), dtype=stats_dtype)
+    soft, hard, stats = new_results(student, targets, row_dtypes(student, teacher))
     # All of them: in a piece a row has another number.
     check_targets(LogitRows(student, common_columns(student, teacher[1:]), targets, options))
     for backend, rows, _, span in _pieces(student, teacher, targets, kind, options):
@@ -174,8 +178,7 @@ def _pieces(
     level = with_parameters(options.divergence, options.parameters) == LogitMSE(centred=False)
     backend = backend_for(options.backend, student, teacher, options.divergence)
     dtype, columns = combined_dtype(student, teachers), common_columns(student, teachers).shape[-1]
-    limit = max(1, (_PIECE if student.device.type == "cpu" else _PIECE_ON_A_GPU) // columns)
-    for index, span in pieces(student.shape[:-1], limit):
+    for index, span in pieces(student.shape[:-1], piece_rows(student[..., :columns])):
         views = [x[..., :columns][index] for x in teachers]
         logits = combined(views, weights[index], kind, options.teacher_temperature, dtype, level)
         yield backend, LogitRows(student[index], logits, targets[span], options), index, span

@@ -18,17 +18,21 @@ def row_entropies(
     that is skipped. `symbolic` is explained in `ops.py`."""
     kind, tensors = teacher
     columns = common_columns(student, teacher)
-    of_student = _of_logits(student[..., :columns], targets, with_itself(rows, rows.temperature), symbolic, 0)
+    itself = with_itself(rows, rows.temperature)._replace(caps=rows.caps[:2] * 2)
+    of_student = _of_logits(student[..., :columns], targets, itself, symbolic, 0)
     if kind == LOGITS:
-        rows = with_itself(rows, rows.teacher_temperature)
+        rows = with_itself(rows, rows.teacher_temperature)._replace(caps=rows.caps[2:] * 2)
         return of_student, _of_logits(tensors[0][..., :columns], targets, rows, symbolic, 1)
     of_teacher: Tensor = ops.teachers_entropy(student, tensors, targets, kind, *rows, symbolic)
     return of_student, of_teacher
 
 
 def _of_logits(logits: Tensor, targets: Tensor, rows: RowOptions, symbolic: Tensor | None, which: int) -> Tensor:
-    """`which` of the temperatures in `symbolic`."""
+    """`which`: the student's (0) or the teacher's (1) of the numbers in `symbolic`."""
     if symbolic is not None:
-        symbolic = torch.cat([symbolic[which : which + 1]] * 2 + [symbolic[2:3]])
+        temperature, caps = symbolic[which : which + 1], symbolic[len(symbolic) - len(rows.caps) :]
+        half = len(rows.caps) // 2
+        caps = caps[which * half : which * half + half]
+        symbolic = torch.cat([temperature, temperature, symbolic[2:3], caps, caps])
     soft: Tensor = ops.rows_forward(logits, logits, targets, *rows, symbolic)[0]
     return soft

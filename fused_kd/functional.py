@@ -59,6 +59,10 @@ def fused_kd_loss(
     soft_on_ignored: bool = KDOptions.soft_on_ignored,
     shift: bool = KDOptions.shift,
     label_smoothing: float = KDOptions.label_smoothing,
+    student_logit_scale: float = KDOptions.student_logit_scale,
+    teacher_logit_scale: float = KDOptions.teacher_logit_scale,
+    student_softcap: float | None = KDOptions.student_softcap,
+    teacher_softcap: float | None = KDOptions.teacher_softcap,
     vocab_mismatch: VocabMismatch = KDOptions.vocab_mismatch,
     inplace: bool = KDOptions.inplace,
     return_parts: bool = KDOptions.return_parts,
@@ -104,6 +108,10 @@ def fused_kd_loss(
         shift: score position i against the label (and weight) of position i + 1, without a copy. The last position
             has no term.
         label_smoothing: of the hard term, in [0, 1], as in torch.nn.functional.cross_entropy.
+        student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: what a model does to its logits
+            before a softmax: softcap * tanh(scale * logit / softcap), as Gemma 2; a softcap of None: scale * logit.
+            Before the temperature, and the hard term's logits too. Applied to a few rows at a time; those of the
+            teacher to each of several, and not to a SparseTeacher, whose log-probabilities have had them.
         vocab_mismatch: "error", or "truncate" to the columns that both have.
         inplace: the backward overwrites student_logits with the gradient instead of allocating it.
         return_parts: return a KDLossOutput.
@@ -139,6 +147,10 @@ def fused_kd_loss(
         soft_on_ignored=soft_on_ignored,
         shift=shift,
         label_smoothing=label_smoothing,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
         vocab_mismatch=vocab_mismatch,
         inplace=inplace,
         return_parts=return_parts,
@@ -172,7 +184,8 @@ def compute(
     divergence = divergence_of(options.divergence)
     backend = options.backend
     if eager:
-        backend = backend_name(backend, student_logits, teacher, divergence.name)
+        chosen = backend_name(backend, student_logits, teacher, divergence.name)
+        backend = backend if options.caps else chosen  # capped logits have another dtype
     rows, symbolic = row_options(options, divergence, backend, eager)
     dtype, *_ = row_dtypes(teacher.kind, student_logits, teacher.tensors)
     counts = counted(student_logits, labels, num_items, weights, options, dtype, eager)
@@ -211,11 +224,11 @@ def row_options(
 ) -> tuple[RowOptions, Tensor | None]:
     """What the operators take; their numbers as a tensor where one of them is symbolic (`ops.py`)."""
     temperatures = (options.temperature, options.teacher_temperature or options.temperature)
-    numbers = (*temperatures, options.label_smoothing, *divergence.parameters)
+    numbers, caps = (*temperatures, options.label_smoothing, *divergence.parameters), options.caps
     symbolic = None
-    if not (eager or all(map(known, numbers))):
-        symbolic = torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * x for x in numbers])
-        numbers = (1.0, 1.0, 0.0, *(0.5 for _ in divergence.parameters))
+    if not (eager or all(map(known, (*numbers, *caps)))):
+        symbolic = torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * x for x in (*numbers, *caps)])
+        numbers, caps = (1.0, 1.0, 0.0, *(0.5 for _ in divergence.parameters)), tuple(1.0 for _ in caps)
     temperature, teacher_temperature, label_smoothing, *parameters = map(float, numbers)
     rows = RowOptions(
         temperature=temperature,
@@ -226,6 +239,7 @@ def row_options(
         hard=options.has_hard,
         backend=backend,
         parameters=tuple(parameters),
+        caps=tuple(map(float, caps)),
     )
     return rows, symbolic
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd import teachers
+from fused_kd import capped, teachers
 from fused_kd.backends.pytorch import row_index
 from fused_kd.backends.rows import SKIP, RowOptions
 from fused_kd.entropies import row_entropies
@@ -145,10 +145,10 @@ def linear_rows(
         if any(wanted):
             g = s if over else places[-1]
             coefs = coef_soft[rows], coef_hard[rows]
-            soft[rows], hard[rows] = teachers.rows_fused(s, piece.tensors, target, *coefs, piece.kind, options, g)
+            soft[rows], hard[rows] = capped.rows_fused(s, piece.tensors, target, *coefs, piece.kind, options, g)
             gradients.add(rows, g, x)
         else:
-            soft[rows], hard[rows], _ = teachers.rows_forward(s, piece.tensors, target, piece.kind, options)
+            soft[rows], hard[rows], _ = capped.rows_forward(s, piece.tensors, target, piece.kind, options)
     return LinearRows(soft, hard, tuple(of_both), gradients.finish(scale))
 
 

@@ -15,11 +15,11 @@ from fused_kd.backends import check_name
 from fused_kd.backends.rows import REST, RowOptions
 from fused_kd.checks import check_columns, check_dense, lazy
 from fused_kd.divergences import with_parameters
-from fused_kd.options import check_smoothing, check_temperature
+from fused_kd.options import check_caps, check_smoothing, check_temperature
 from fused_kd.teachers import LOGITS, check_teacher, row_dtypes
 
 # What an operator's `symbolic` replaces, in its order.
-SYMBOLIC = ("temperature", "teacher_temperature", "label_smoothing")  # and the parameters
+SYMBOLIC = ("temperature", "teacher_temperature", "label_smoothing")  # the parameters, and the caps
 _OPTIONS = len(RowOptions._fields)
 
 
@@ -67,16 +67,18 @@ def with_options(names: list[str], arguments: tuple[Any, ...], read: bool) -> tu
     """The arguments with these names, and the RowOptions that come after them."""
     named, options = arguments[: len(names)], arguments[len(names) :]
     rows, symbolic = RowOptions(*options[:_OPTIONS]), [x for x in options[_OPTIONS:] if x is not None]
-    rows = rows._replace(parameters=tuple(rows.parameters))
+    rows = rows._replace(parameters=tuple(rows.parameters), caps=tuple(rows.caps))
     for numbers in symbolic:
         check_dense("symbolic", numbers)
-        shape = (len(SYMBOLIC) + len(rows.parameters),)
+        shape = (len(SYMBOLIC) + len(rows.parameters) + len(rows.caps),)
         if numbers.dtype != torch.float64 or numbers.shape != shape or numbers.device.type != "cpu":
             got = f"{numbers.dtype} {tuple(numbers.shape)} on {numbers.device}"
             raise ValueError(f"symbolic must be torch.float64 of the shape {shape} on the CPU, got {got}")
         if read:
             values = numbers.tolist()
-            rows = rows._replace(**dict(zip(SYMBOLIC, values, strict=False)), parameters=tuple(values[len(SYMBOLIC) :]))
+            first, last = len(SYMBOLIC), len(SYMBOLIC) + len(rows.parameters)
+            named_values = dict(zip(SYMBOLIC, values, strict=False))
+            rows = rows._replace(**named_values, parameters=tuple(values[first:last]), caps=tuple(values[last:]))
     _check_options(rows)
     return *named, rows
 
@@ -126,6 +128,7 @@ def _check_options(options: RowOptions) -> None:
     if options.divergence != REST:
         with_parameters(options.divergence, options.parameters)
     check_smoothing(options.label_smoothing)
+    check_caps(options.caps)
     check_name(options.backend)
 
 

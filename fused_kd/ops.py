@@ -7,9 +7,9 @@ logits is. What a fake kernel allocates is what the real one does. Both check th
 tensors and the kind's name.
 
 The options are those of RowOptions, and after them `symbolic`: None, or what replaces the numbers among them, a tensor
-[temperature, teacher_temperature, label_smoothing, *parameters], float64 on the CPU. torch.compile keeps a number that
-changes from call to call symbolic in a tensor; as an argument it would be a constant, and each of its values compiled
-anew.
+[temperature, teacher_temperature, label_smoothing, *parameters, *caps], float64 on the CPU. torch.compile keeps a
+number that changes from call to call symbolic in a tensor; as an argument it would be a constant, and each of its
+values compiled anew.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fused_kd import backends, teachers
-from fused_kd.backends.rows import REST, Backend, LogitRows, RowOptions
+from fused_kd import backends, capped
+from fused_kd.backends.rows import REST, Backend, LogitRows, RowOptions, new_results
 from fused_kd.checks import check_no_overlap
 from fused_kd.gradient_memory import empty_gradient
 from fused_kd.operands import checked, register_odd_operands
@@ -28,6 +28,8 @@ from fused_kd.teachers import LOGITS, row_dtypes
 
 def forward(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N], and stats[N, STATS]: what the gradient needs of each row."""
+    if options.caps:
+        return capped.rows_forward(student, [teacher], targets, LOGITS, options)
     rows = LogitRows(student, teacher, targets, options)
     return _backend_for(rows).rows_forward(rows)
 
@@ -42,8 +44,10 @@ def write_gradient(
     options: RowOptions,
     out: Tensor,
 ) -> None:
+    if options.caps:
+        return capped.rows_backward(student, [teacher], targets, stats, grad_soft, grad_hard, LOGITS, options, out)
     rows = LogitRows(student, teacher, targets, options)
-    _backend_for(rows).rows_backward(rows, stats, grad_soft, grad_hard, out)
+    return _backend_for(rows).rows_backward(rows, stats, grad_soft, grad_hard, out)
 
 
 def _new(write: Callable[..., None]) -> Callable[..., Tensor]:
@@ -72,9 +76,10 @@ def fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N] and the gradient of sum(coef_soft * soft + coef_hard * hard), in one visit of each row."""
     out = empty_gradient(student)
+    if options.caps:
+        return *capped.rows_fused(student, [teacher], targets, coef_soft, coef_hard, LOGITS, options, out), out
     rows = LogitRows(student, teacher, targets, options)
-    soft, hard = _backend_for(rows).rows_fused(rows, coef_soft, coef_hard, out)
-    return soft, hard, out
+    return *_backend_for(rows).rows_fused(rows, coef_soft, coef_hard, out), out
 
 
 def _backend_for(rows: LogitRows) -> Backend:
@@ -86,9 +91,7 @@ def _fake_forward(
     student: Tensor, teacher: Tensor | Sequence[Tensor], targets: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind, tensors = (LOGITS, [teacher]) if isinstance(teacher, Tensor) else (rest[0], teacher)
-    dtype, stats_dtype, width = row_dtypes(kind, student, tensors)
-    soft, hard = (student.new_empty(targets.shape[0], dtype=dtype) for _ in range(2))
-    return soft, hard, student.new_empty((targets.shape[0], width), dtype=stats_dtype)
+    return new_results(student, targets, row_dtypes(kind, student, tensors))
 
 
 def _fake_entropy(student: Tensor, *rest: Any) -> Tensor:
@@ -119,8 +122,10 @@ def operator(
     """Registers `real` as fused_kd::name. `signature` leaves out the options, which are those of RowOptions and reach
     `real` and `fake` as one, once `check` has seen them."""
     arguments, results = signature.split(" -> ")
-    options = ", ".join(f"{_SCHEMA[kind]} {option}" for option, kind in RowOptions.__annotations__.items())
-    options += "=[]"  # the parameters
+    options = ", ".join(
+        f"{_SCHEMA[kind]} {option}" + ("=[]" if option in RowOptions._field_defaults else "")
+        for option, kind in RowOptions.__annotations__.items()
+    )
     names = [argument.split()[-1] for argument in arguments.split(", ")]
 
     def registered(kernel: Callable[..., Any], read: bool) -> Callable[..., Any]:
@@ -157,11 +162,11 @@ rows_fused = operator(
     "Tensor student, Tensor teacher, Tensor targets, Tensor coef_soft, Tensor coef_hard -> (Tensor, Tensor, Tensor)",
 )
 teachers_forward, teachers_backward, teachers_backward_ = _pair(
-    "teachers", teachers.rows_forward, teachers.rows_backward, "Tensor[] teacher", ", str kind"
+    "teachers", capped.rows_forward, capped.rows_backward, "Tensor[] teacher", ", str kind"
 )
 teachers_entropy = operator(
     "teachers_entropy",
-    teachers.rows_entropy,
+    capped.rows_entropy,
     _fake_entropy,
     "Tensor student, Tensor[] teacher, Tensor targets, str kind -> Tensor",
 )

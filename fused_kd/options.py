@@ -1,7 +1,7 @@
 """The options of the loss: their names, defaults and checks, in the one place that both public forms take them from."""
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
@@ -17,7 +17,8 @@ _CHOICES = {
     "reduction": get_args(Reduction),
     "vocab_mismatch": get_args(VocabMismatch),
 }
-_NUMBERS = ("temperature", "teacher_temperature", "alpha", "hard_weight", "label_smoothing")
+_CAPS = ("student_logit_scale", "student_softcap", "teacher_logit_scale", "teacher_softcap")  # as RowOptions has them
+_NUMBERS = ("temperature", "teacher_temperature", "alpha", "hard_weight", "label_smoothing", *_CAPS)
 _SWITCHES = ("t2_scaling", "soft_on_ignored", "shift", "inplace", "return_parts", "entropies")
 
 
@@ -40,6 +41,10 @@ class KDOptions:
     soft_on_ignored: bool = False
     shift: bool = False
     label_smoothing: float = 0.0
+    student_logit_scale: float = 1.0
+    teacher_logit_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
     vocab_mismatch: VocabMismatch = "error"
     inplace: bool = False
     return_parts: bool = False
@@ -65,6 +70,7 @@ class KDOptions:
         if self.alpha == 0 and self.weight_of_hard() == 0:
             raise ValueError("alpha and hard_weight are both 0: no term is left; give one of them a weight")
         check_smoothing(self.label_smoothing)
+        check_caps(self.caps)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
             raise TypeError(f"ignore_index must be an int, got {described(self.ignore_index)}")
         self._set("ignore_index", self.ignore_index, int(self.ignore_index))
@@ -86,6 +92,14 @@ class KDOptions:
     def _set(self, name: str, value: object, known: object) -> None:
         if known is not value:
             object.__setattr__(self, name, known)
+
+    @property
+    def caps(self) -> tuple[float, ...]:
+        """As RowOptions has them: none where nothing is scaled or capped."""
+        values = tuple(getattr(self, name) for name in _CAPS)
+        if values == (1.0, None, 1.0, None):
+            return ()
+        return tuple(_INFINITY if value is None else value for value in values)
 
     # (A branch makes of a symbolic condition a known one.)
     @property
@@ -119,6 +133,10 @@ class LossOptions(TypedDict, total=False):
     soft_on_ignored: bool
     shift: bool
     label_smoothing: float
+    student_logit_scale: float
+    teacher_logit_scale: float
+    student_softcap: float | None
+    teacher_softcap: float | None
     vocab_mismatch: VocabMismatch
     inplace: bool
     return_parts: bool
@@ -140,6 +158,14 @@ def check_temperature(name: str, value: float) -> None:
 def check_smoothing(value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {value}")
+
+
+def check_caps(caps: Sequence[float]) -> None:
+    if len(caps) not in (0, len(_CAPS)):
+        raise ValueError(f"caps must be {len(_CAPS)} numbers or none, got {len(caps)}")
+    for name, value in zip(_CAPS, caps, strict=False):
+        if not 1e-10 <= value <= 1e10 and not ("softcap" in name and value == _INFINITY):
+            raise ValueError(f"{name} must be between 1e-10 and 1e10, got {value}")
 
 
 def _check_weight(name: str, value: float) -> None:

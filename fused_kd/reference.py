@@ -95,6 +95,11 @@ def divergence_terms(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Te
     raise ValueError(f"unknown divergence {divergence!r}")
 
 
+def capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """What a model does to its logits before a softmax, as Gemma 2 (Gemma Team, 2024) has it."""
+    return scale * logits if softcap is None else softcap * torch.tanh(scale * logits / softcap)
+
+
 def mean_squared_difference(x: Tensor, y: Tensor, centred: bool) -> Tensor:
     """Half of it, over the columns of [N, V] where neither is -inf: [N]."""
     left_out = (x == -torch.inf) | (y == -torch.inf)
@@ -174,6 +179,10 @@ def kd_loss(
     soft_on_ignored: bool = False,
     shift: bool = False,
     label_smoothing: float = 0.0,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
     num_items: float | None = None,
     weights: Tensor | None = None,
     teacher_weights: Sequence[float] | Tensor | None = None,
@@ -184,11 +193,12 @@ def kd_loss(
     """
     if teacher_temperature is None:
         teacher_temperature = temperature
-    student = student_logits
+    student = capped(student_logits, student_logit_scale, student_softcap)
     if isinstance(teacher_logits, SparseTeacher):
         tensors = [teacher_logits.ids, teacher_logits.log_probs.to(student.dtype)]
     else:
         teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
+        teachers = [capped(x, teacher_logit_scale, teacher_softcap) for x in teachers]
         vocabulary = min(x.shape[-1] for x in (student, *teachers))
         student, tensors = student[..., :vocabulary], [x.detach()[..., :vocabulary] for x in teachers]
         if len(tensors) > 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import backends, ensemble, sparse
+from fused_kd.backends import rows as backend_rows
 from fused_kd.backends.rows import STATS, LogitRows, RowOptions, check_targets, exact_dtype, row_dtype
 from fused_kd.checks import check_teacher_logits, check_teacher_weights
 from fused_kd.divergences import divergence_of
@@ -61,6 +62,11 @@ def teacher_of(
                 raise ValueError(
                     f"teacher_temperature is {options.teacher_temperature}, but the log-probabilities of a "
                     "SparseTeacher already have theirs (from_logits takes it); leave teacher_temperature out"
+                )
+            if options.teacher_logit_scale != 1 or options.teacher_softcap is not None:
+                raise ValueError(
+                    "teacher_logit_scale and teacher_softcap are for logits, and the log-probabilities of a "
+                    "SparseTeacher have had them; leave them out"
                 )
             sparse.check_fits(teacher, student, divergence_of(options.divergence))
             return Teacher(teacher.missing, (teacher.ids, teacher.log_probs.detach()))
@@ -135,6 +141,12 @@ def check_rows(student: Tensor, teacher: Teacher, targets: Tensor, options: RowO
     check_targets(LogitRows(student, logits, targets, options))
     if teacher.kind in sparse.MISSING:
         sparse.check_rows(student, teacher.tensors, targets, teacher.kind)
+
+
+def new_results(
+    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backend_rows.new_results(student, targets, row_dtypes(kind, student, teacher))
 
 
 def rows_forward(

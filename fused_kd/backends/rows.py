@@ -47,6 +47,8 @@ class RowOptions(NamedTuple):
     hard: bool
     backend: str  # "auto" or a name
     parameters: tuple[float, ...] = ()  # of the divergence
+    # The student's scale and softcap, then the teacher's (`fused_kd.capped`); a backend does not see them.
+    caps: tuple[float, ...] = ()
 
 
 def with_itself(options: RowOptions, temperature: float) -> RowOptions:
@@ -59,6 +61,16 @@ def with_itself(options: RowOptions, temperature: float) -> RowOptions:
         soft=True,
         hard=False,
     )
+
+
+def new_results(
+    student: Tensor, targets: Tensor, dtypes: tuple[torch.dtype, torch.dtype, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """soft [N], hard [N] and stats [N, k], of the dtype of vectors, that of stats, and k."""
+    dtype, stats_dtype, width = dtypes
+    number = targets.shape[0]
+    soft, hard = (student.new_empty(number, dtype=dtype) for _ in range(2))
+    return soft, hard, student.new_empty((number, width), dtype=stats_dtype)
 
 
 class LogitRows(NamedTuple):
