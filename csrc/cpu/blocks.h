@@ -60,6 +60,7 @@ struct GradientScales {
     float soft;
     float hard, constant;
     float at_label;  // the hard term's whole gradient at the label
+    bool far;        // a mixture's row may take FarMixture
 };
 
 // Logits in their dtype (FkdDtype), to be widened as they are read; and where a gradient goes, rounded to its dtype.

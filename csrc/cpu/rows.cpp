@@ -15,6 +15,9 @@ namespace {
 // What is at least this many bytes is in no cache when somebody reads it next.
 constexpr int64_t kLargerThanCaches = int64_t(32) << 20;
 
+// From this sum of v, or of c, on a row's student is far for FarMixture; from this KL(p || q) on it likely is.
+constexpr float kFarTerms = 1.0f / 32, kFarLikely = 8 * kFarTerms;
+
 // NaN where one is.
 float upper_or_nan(double a, float b) { return a >= b ? static_cast<float>(a) : a < b ? b : NAN; }
 
@@ -113,7 +116,9 @@ class Verb {
         schedule_.run(
             [&](int64_t row, int64_t b, int64_t before) { measure(row, b, space(spaces, row), before, gradient); },
             [&](int64_t row) { finish(row, space(spaces, row), soft, hard, stats(row)); },
-            [&](int64_t row, int64_t b) { if (of_family_) sweep(row, b, space(spaces, row), stats(row)); },
+            [&](int64_t row, int64_t b) {
+                if (of_family_) sweep(row, b, space(spaces, row), stats(row), likely_far(soft[row]));
+            },
             [&](int64_t row) { if (of_family_) conclude(row, space(spaces, row), soft, stats(row)); },
             fill);
     }
@@ -157,11 +162,15 @@ class Verb {
         return a;
     }
     // A float32 gradient that no cache will hold is written past them, where all its rows lie at multiples of 16 bytes;
-    // but not over the logits, whose lines are there.
+    // but not over the logits, whose lines are there; nor where one row of logits is all that is read: that is slower.
     bool past_caches(const FkdRows& gradient) const {
         bool apart = gradient.data != student_.data && reinterpret_cast<uintptr_t>(gradient.data) % 16 == 0;
         for (int64_t d = 0; d < gradient.dims; ++d) apart = apart && gradient.strides[d] % 4 == 0;
-        return loss_.soft && gradient.dtype == FKD_FLOAT32 && apart && rows_ * columns_ * 4 >= kLargerThanCaches;
+        return loss_.soft && !of_rest_ && gradient.dtype == FKD_FLOAT32 && apart &&
+               rows_ * columns_ * 4 >= kLargerThanCaches;
+    }
+    bool likely_far(float kl) const {
+        return kl >= kFarLikely && (loss_.divergence == FKD_MIXTURE || loss_.divergence == FKD_SKEWED_MIXTURE);
     }
     bool labelled(int64_t row) const { return hard_ != Hard::off && targets_[row] >= 0; }
 
@@ -363,11 +372,13 @@ class Verb {
             if (!of_rest_ || (i != FKD_STUDENT_SUM && i != FKD_LOG_RATIO)) stats[i] = static_cast<float>(values[i]);
     }
 
-    void sweep(int64_t row, int64_t b, Workspace& w, const float* stats) const {
+    // `far` of GradientScales, which those stats do not know yet.
+    void sweep(int64_t row, int64_t b, Workspace& w, const float* stats, bool far) const {
         if (targets_[row] == FKD_SKIP) return;
         float buffers[2][kBlock];
         const Range at = range(b);
-        const GradientScales r = row_scales(stats);
+        GradientScales r = row_scales(stats);
+        r.far = far;
         const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
         const float* t = read_teacher(row, at, r.teacher_from, buffers[1]);
         w.terms[static_cast<size_t>(b)] = {};
@@ -375,10 +386,18 @@ class Verb {
             block_term_sums(loss_.divergence, s, t, at.n, r, scales_, numbers_, ahead(row, b));
     }
 
-    void conclude(int64_t row, const Workspace& w, float* soft, float* stats) const {
+    void conclude(int64_t row, Workspace& w, float* soft, float* stats) const {
         if (targets_[row] == FKD_SKIP) return;
-        TermSums<double> sums;
-        for (const TermSums<double>& x : w.terms) sums += x;
+        const auto sum = [&] {
+            TermSums<double> sums;
+            for (const TermSums<double>& x : w.terms) sums += x;
+            return sums;
+        };
+        TermSums<double> sums = sum();
+        if (likely_far(soft[row]) && !(sums.v >= kFarTerms)) {  // columns with next to nothing of p made KL large
+            for (int64_t b = 0; b < schedule_.blocks(); ++b) sweep(row, b, w, stats, false);
+            sums = sum();
+        }
         const bool whole = stats[FKD_LOG_RATIO] == stats[FKD_LOG_RATIO];
         soft[row] = whole ? static_cast<float>(sums.v) : NAN;
         stats[FKD_GROWTH] = static_cast<float>(sums.growth());
@@ -411,6 +430,7 @@ class Verb {
         r.centre = Centre::of(stats[FKD_STUDENT_MAX], scaled() ? 0 : stats[FKD_TEACHER_MAX]);
         r.teacher_from = stats[FKD_TEACHER_MAX];
         r.row = Finished::of(stats, of_family_);
+        r.far = r.row.growth >= kFarTerms;
         return r;
     }
 
