@@ -211,7 +211,7 @@ class Verb {
             w.moments[static_cast<size_t>(b)] += block_moments(s, t, at.n, scales_, ahead(row, b));
             piece.max_t = 0;
         } else if (of_rest_) {
-            piece.max_s = student_from = max_s = measure_rest(row, at, s, piece);
+            piece.max_s = student_from = max_s = measure_rest(row, at, s, buffers[1], piece);
         } else if (loss_.soft) {
             const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffers[1]);
             const float max_t = block_maximum(t, at.n);
@@ -272,37 +272,28 @@ class Verb {
     }
 
     // The sum over the columns whose ids the teacher does not list, z_t from max_t; and z_1 over all of them from their
-    // maximum, which it returns.
-    float measure_rest(int64_t row, Range at, const float* s, Partial<double>& piece) const {
-        int listed[kBlock + 1];  // their columns in the block, and behind the last one
+    // maximum, which it returns. `others`: room for a block.
+    float measure_rest(int64_t row, Range at, const float* s, float* others, Partial<double>& piece) const {
+        int listed[kBlock];  // their columns in the block
         int count = 0;
         const auto* ids = reinterpret_cast<const int64_t*>(LogitsRow(teacher_, row).address(0));
         for (int64_t i = 0; i < teacher_.columns && count < kBlock; ++i) {
             const int64_t j = ids[i] - at.begin;
             if (j >= 0 && j < at.n) listed[count++] = static_cast<int>(j);
         }
-        std::sort(listed, listed + count);
-        listed[count] = at.n;
-        const auto over_others = [&](const auto& call) {
-            for (int i = 0, begin = 0; i <= count; begin = listed[i++] + 1)
-                if (begin < listed[i]) call(begin, listed[i] - begin);
-        };
-        const RestScale k(loss_.temperature);
-        piece.max_t = kLowest;
-        over_others([&](int begin, int n) { piece.max_t = upper_or_nan(piece.max_t, block_maximum(s + begin, n)); });
-        float max_s = static_cast<float>(piece.max_t);
+        // Taken out of a copy: the loops would be slower from one listed column to the next.
+        const float* rest = count == 0 ? s : static_cast<float*>(std::memcpy(others, s, sizeof(float) * at.n));
+        for (int i = 0; i < count; ++i) others[listed[i]] = -INFINITY;
+        const float max_rest = block_maximum(rest, at.n);
+        const RestSums sums =
+            block_rest_sums(hard_, rest, at.n, max_rest, RestScale(loss_.temperature), ahead(row, at.begin / kBlock));
+        float max_s = max_rest;
         for (int i = 0; i < count; ++i) max_s = upper_or_nan(max_s, s[listed[i]]);
-        double z_1 = 0;
-        const Ahead next = ahead(row, at.begin / kBlock);
-        over_others([&](int begin, int n) {
-            const RestSums sums = block_rest_sums(hard_, s, begin, n, static_cast<float>(piece.max_t), k, next);
-            piece.z_t += sums.z;
-            z_1 += sums.z_1;
-        });
-        z_1 *= hard_exponential<Hard::exponential>(0, static_cast<float>(piece.max_t), max_s);
+        double z_1 = sums.z_1 * hard_exponential<Hard::exponential>(0, max_rest, max_s);
         for (int i = 0; i < count; ++i) z_1 += hard_exponential<Hard::exponential>(0, s[listed[i]], max_s);
         piece.z_1 = hard_ != Hard::exponential ? z_1 : labelled(row) ? block_hard_sum(s, at.n, max_s, nullptr) : 0;
-        if (!(piece.max_t < INFINITY)) piece.z_t = NAN;
+        piece.max_t = max_rest;
+        piece.z_t = max_rest < INFINITY ? sums.z : NAN;
         return max_s;
     }
 
