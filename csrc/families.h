@@ -52,12 +52,17 @@ struct Terms {
 
 FKD_MATH float times(float x, float y) { return x == 0 ? 0.0f : x * y; }  // 0 log 0 = 0
 
-// log(1 + x) of -1 < x <= 0, where y = 1 + x as it rounds.
-FKD_MATH float log1p_of(float x, float y) {
+// y = 2^e (1 + f) with |f| <= 1/3: 2^23 e, as y's bits have it; e; and log(1 + f).
+FKD_MATH uint32_t exponent_bits(uint32_t bits) { return (bits - 0x3f2aaaabu) & 0xff800000u; }
+FKD_MATH float exponent_of(float y) {
     uint32_t bits;
     std::memcpy(&bits, &y, 4);
-    const uint32_t exponent = (bits - 0x3f2aaaabu) & 0xff800000u;  // y = 2^e (1 + f), |f| <= 1/3
-    bits -= exponent;
+    return static_cast<float>(static_cast<int32_t>(exponent_bits(bits))) * 1.1920929e-7f;
+}
+FKD_MATH float log_of_fraction(float y) {
+    uint32_t bits;
+    std::memcpy(&bits, &y, 4);
+    bits -= exponent_bits(bits);
     float f;
     std::memcpy(&f, &bits, 4);
     f -= 1.0f;
@@ -66,8 +71,13 @@ FKD_MATH float log1p_of(float x, float y) {
     const float low = (1.0f - 0.49999931f * f) + (0.33333164f - 0.25008184f * f) * f2;
     const float high = (0.20012178f - 0.16409411f * f) + (0.13983686f - 0.15423422f * f) * f2;
     const float r = low + (high + 0.14076719f * f4) * f4;
-    const float e = static_cast<float>(static_cast<int32_t>(exponent) >> 23);
-    return e * static_cast<float>(kLn2) + (f * r + (x - (y - 1.0f)) * (2.0f - y));  // what y lost, over y
+    return f * r;
+}
+
+// log(1 + x) of -1 < x <= 0, where y = 1 + x as it rounds.
+FKD_MATH float log1p_of(float x, float y) {
+    const float lost = (x - (y - 1.0f)) * (2.0f - y);  // what y lost, over y
+    return exponent_of(y) * static_cast<float>(kLn2) + (log_of_fraction(y) + lost);
 }
 
 // v and c as they are given where the column is not near, else from the polynomials.
@@ -116,6 +126,34 @@ struct Mixture {
         if (!skewed) return nearer<5>(n, p, d, p_term + q_term, q_term, q);
         const float level = of_p * (1 - share) - of_q * share;
         return nearer<5>(n, p, d, p_term + q_term + level * (q - p), q_term + level * (q - larger * (1 - less) / w), q);
+    }
+};
+
+// The same for a row whose student is far: no column counts as near, since what one rounds off does not show in such
+// sums, and d is not looked at. The logarithms of p and q are their exponents; only that of m has to be taken.
+template <bool skewed>
+struct FarMixture {
+    FKD_MATH Terms terms(const FamilyNumbers& n, const RowSums& z, float x_s, float x_t, float) {
+        const float share = n.parameter[0], of_p = n.parameter[1], of_q = n.parameter[2];
+        const float log2_p = x_t - z.log2_z_t, log2_q = x_s - z.log2_z_s;
+        const float p = exp2_of(log2_p), q = exp2_of(log2_q);
+        const float m = share * p + ((1 - share) * q + 1e-37f);  // not 0 where both are
+        const float p_term = of_p * p * above(log2_p, m), q_term = of_q * q * above(log2_q, m);
+        if (!skewed) return {p_term + q_term, q_term, q};
+        const float level = of_p * (1 - share) - of_q * share;
+        return {p_term + q_term + level * (q - p), q_term + level * (q - p * q / m), q};
+    }
+
+  private:
+    // log(2^log2_p / m), and 0 where 2^log2_p counts as 0. The exponents' difference is exact.
+    FKD_MATH float above(float log2_p, float m) {
+        const float log_ratio = (log2_p - exponent_of(m)) * static_cast<float>(kLn2) - log_of_fraction(m);
+        uint32_t bits;
+        std::memcpy(&bits, &log_ratio, 4);
+        bits &= 0u - static_cast<uint32_t>(log2_p >= kFlush);
+        float y;
+        std::memcpy(&y, &bits, 4);
+        return y;
     }
 };
 

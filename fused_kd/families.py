@@ -176,9 +176,9 @@ def column_terms(family: Family, at: Columns) -> tuple[Tensor, Tensor]:
     if not family.reach:
         return v, c
     of_value, of_gradient = near(family, 14 if d.dtype == torch.float64 else family.degree)
-    is_near, base = d.abs() < family.reach, family.base(TENSORS, at)
-    v = torch.where(is_near, base * d * d * _polynomial(of_value, d), v)
-    return v, torch.where(is_near, base * d * _polynomial(of_gradient, d), c)
+    is_near, linear = d.abs() < family.reach, family.base(TENSORS, at) * d
+    v = torch.where(is_near, linear * d * _polynomial(of_value, d), v)
+    return v, torch.where(is_near, linear * _polynomial(of_gradient, d), c)
 
 
 def kernel_numbers(family: Family) -> tuple[float, ...]:
@@ -196,7 +196,7 @@ def kernel_numbers(family: Family) -> tuple[float, ...]:
 def _polynomial(coefficients: tuple[float, ...], d: Tensor) -> Tensor:
     result = torch.full_like(d, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
-        result = result * d + coefficient
+        result = result.mul_(d).add_(coefficient)
     return result
 
 

@@ -12,6 +12,7 @@ Classes are ordinary PyTorch in float64 on [N, k + 1], by the formulas of `fused
 on the other columns, and the gradient there, need the row verbs: REST of `fused_kd.backends.rows`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -187,16 +188,16 @@ def rows_forward(
     divergence = with_parameters(options.divergence, options.parameters)
     _check_divergence(kind, divergence)
     slots = _slots(student, teacher)
-    slots = slots._replace(log_p=_checked(slots, targets, kind, student.shape[-1]))
+    log_p, log_sum = _checked(slots, targets, kind, student.shape[-1])
     backend, rows = _rest_rows(student, slots, targets, options)
     soft, hard, stats = backend.rows_forward(rows)
     slope = stats.new_zeros((len(stats), slots.ids.shape[-1] + 1))
     if options.soft:
-        exact = slots.log_p.dtype
+        exact = log_p.dtype
         total = stats[:, STUDENT_SUM].to(exact) + stats[:, LOG_RATIO].to(exact)
         rest = stats[:, TEACHER_MAX].to(exact) / options.temperature + total.log()
-        x = torch.where(slots.filled, _logits_at(student, slots) / options.temperature, -torch.inf)
-        log_p = _teachers_classes(slots, kind, student.shape[-1])
+        x = torch.where(slots.filled, _logits_at(student, slots).to(exact) / options.temperature, -torch.inf)
+        log_p = _teachers_classes(slots, log_p, log_sum, kind, student.shape[-1])
         value, gradient = _of_classes(x, rest, log_p, kind, divergence)
         value = torch.where(in_range(targets, student.shape[-1]), value, torch.nan)
         soft = torch.where(targets == SKIP, 0.0, value).to(soft.dtype)
@@ -217,68 +218,72 @@ def rows_backward(
 ) -> None:
     slots = _slots(student, teacher)
     stats, slope = stats[:, :STATS], stats[:, STATS:]
-    values = grad_soft.unsqueeze(1) * slope[:, :-1] / options.temperature
+    values = (grad_soft / options.temperature).unsqueeze(1) * slope[:, :-1]
+    columns = student.shape[-1]
     if options.hard:
-        columns, label = student.shape[-1], targets.unsqueeze(1)
-        logits, is_label = _logits_at(student, slots), slots.ids == label
+        logits, is_label = _logits_at(student, slots).to(stats.dtype), slots.ids == targets.unsqueeze(1)
         rise = hard_gradient(logits, is_label, stats.unsqueeze(1), options.label_smoothing, columns)
-        values = values + torch.where(label == NO_LABEL, 0.0, rise * grad_hard.unsqueeze(1))
-    values = torch.where((targets == SKIP).unsqueeze(1), 0.0, values)
-    values = torch.where(in_range(targets, student.shape[-1]).unsqueeze(1), values, torch.nan)
+        rise = rise * grad_hard.unsqueeze(1)
+        values = values + torch.where((targets == NO_LABEL).unsqueeze(1), 0.0, rise)
+    valid = in_range(targets, columns)
+    instead = torch.where(valid, 0.0, torch.nan).unsqueeze(1)
+    values = torch.where((valid & (targets != SKIP)).unsqueeze(1), values, instead).to(out.dtype)
 
     # (The student's logits have been read: they may be overwritten now.)
     backend, rows = _rest_rows(student, slots, targets, options)
     backend.rows_backward(rows, stats.contiguous(), grad_soft * slope[:, -1], grad_hard, out)
-    # An empty slot writes what another one writes, or what is there.
-    first = slots.filled.to(torch.uint8).argmax(-1, keepdim=True)
-    shape = (*student.shape[:-1], slots.ids.shape[-1])
-    ids = torch.where(slots.filled, slots.ids, slots.ids.gather(1, first)).clamp(min=0)
-    there = out.gather(-1, ids.reshape(shape)).reshape(ids.shape)
-    instead = torch.where(slots.filled.any(-1, keepdim=True), values.gather(1, first).to(out.dtype), there)
-    values = torch.where(slots.filled, values.to(out.dtype), instead)
+    # An empty slot writes what the first filled one does; or where none is, what is there.
+    any_filled, first = slots.filled.max(-1, keepdim=True)
+    first_id = slots.ids.gather(1, first).clamp(min=0)
+    there = out.gather(-1, first_id.reshape(*student.shape[:-1], 1)).reshape(first_id.shape)
+    instead = torch.where(any_filled, values.gather(1, first), there)
+    ids, values = torch.where(slots.filled, slots.ids, first_id), torch.where(slots.filled, values, instead)
     # (Not scatter_, which goes over all of a 16-bit tensor on the CPU.)
-    rows_of_out = row_index(torch.arange(len(ids), device=ids.device), shape[:-1])
+    rows_of_out = row_index(torch.arange(len(ids), device=ids.device), student.shape[:-1])
     index = *(x if x is None else x.unsqueeze(1) for x in rows_of_out), ids
     out[index] = values
 
 
 def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:
     slots = _slots(student, teacher)
-    slots = slots._replace(log_p=_checked(slots, targets, kind, student.shape[-1]))
-    value = entropy(_teachers_classes(slots, kind, student.shape[-1]))
+    log_p, log_sum = _checked(slots, targets, kind, student.shape[-1])
+    value = entropy(_teachers_classes(slots, log_p, log_sum, kind, student.shape[-1]))
     return torch.where(targets == SKIP, 0.0, value).to(row_dtype(student))
 
 
 class _Slots(NamedTuple):
     """Of N rows with k slots, [N, k]."""
 
+    given: Tensor  # the ids as they are
+    log_probs: Tensor  # likewise
     ids: Tensor  # int64, -1 where empty or out of range
-    log_p: Tensor  # float64, -inf where empty
     filled: Tensor
-    out_of_range: Tensor  # [N, k]: an id that is no column
 
 
 def _slots(student: Tensor, teacher: Sequence[Tensor]) -> _Slots:
-    ids, log_probs = (x.reshape(-1, x.shape[-1]) for x in teacher)
-    ids, log_p = ids.to(torch.int64), log_probs.to(exact_dtype(student.device))
-    filled = (ids != -1) & (log_p != -torch.inf)
-    out_of_range = filled & ((ids < 0) | (ids >= student.shape[-1]))
-    filled &= ~out_of_range
-    return _Slots(torch.where(filled, ids, -1), torch.where(filled, log_p, -torch.inf), filled, out_of_range)
+    given, log_probs = (x.reshape(-1, x.shape[-1]) for x in teacher)
+    filled = (given >= 0) & (given < student.shape[-1]) & (log_probs != -torch.inf)
+    return _Slots(given, log_probs, torch.where(filled, given, -1).to(torch.int64), filled)
 
 
-def _checked(slots: _Slots, targets: Tensor, kind: str, columns: int) -> Tensor:
-    """log_p, with NaN in rows that cannot be; on the CPU these raise, if they count."""
+def _checked(slots: _Slots, targets: Tensor, kind: str, columns: int) -> tuple[Tensor, Tensor]:
+    """log p in float64, -inf where empty, and log sum p [N, 1]; NaN in rows that cannot be. On the CPU these raise, if
+    they count."""
+    log_p = slots.log_probs.to(exact_dtype(targets.device))
+    out_of_range = (slots.ids != slots.given) & (log_p != -torch.inf)
+    log_p = torch.where(slots.filled, log_p, -torch.inf)
+    log_sum = log_p.logsumexp(-1, keepdim=True)
     ordered = slots.ids.sort(-1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    sums = slots.log_p.exp().sum(-1)
-    too_much = (sums > _ROUNDING) if kind in ("rest", "truncate") else torch.zeros_like(targets, dtype=torch.bool)
-    counted = targets != SKIP
-    bad = counted & (slots.out_of_range.any(-1) | twice.any(-1) | too_much)
-    if targets.device.type == "cpu" and bad.any():
+    bad = (out_of_range.any(-1) | twice.any(-1)) & (targets != SKIP)
+    if kind in ("rest", "truncate"):
+        bad |= (log_sum.squeeze(1) > math.log(_ROUNDING)) & (targets != SKIP)
+    if targets.device.type == "cpu":
+        if not bad.any():
+            return log_p, log_sum
         row = int(bad.nonzero()[0])
-        if slots.out_of_range[row].any():
-            slot = int(slots.out_of_range[row].nonzero()[0])
+        if out_of_range[row].any():
+            slot = int(out_of_range[row].nonzero()[0])
             raise IndexError(
                 f"ids: row {row} has an id in slot {slot} that is not in [0, {columns}), the student's vocabulary; an "
                 "empty slot has the id -1"
@@ -286,11 +291,11 @@ def _checked(slots: _Slots, targets: Tensor, kind: str, columns: int) -> Tensor:
         if twice[row].any():
             raise IndexError(f"ids: row {row} has the id {int(ordered[row, 1:][twice[row]][0])} twice")
         raise ValueError(
-            f"log_probs: the probabilities of row {row} sum to {float(sums[row]):.3g}, more than 1; pass "
+            f"log_probs: the probabilities of row {row} sum to {float(log_sum[row].exp()):.3g}, more than 1; pass "
             "log-probabilities over the whole vocabulary (of logits: SparseTeacher.from_logits), or have them divided "
             "by their sum with missing='both' or 'renormalize'"
         )
-    return torch.where(bad.unsqueeze(1), torch.nan, slots.log_p)
+    return torch.where(bad.unsqueeze(1), torch.nan, log_p), torch.where(bad.unsqueeze(1), torch.nan, log_sum)
 
 
 def _rest_rows(student: Tensor, slots: _Slots, targets: Tensor, options: RowOptions) -> tuple[Backend, LogitRows]:
@@ -300,21 +305,21 @@ def _rest_rows(student: Tensor, slots: _Slots, targets: Tensor, options: RowOpti
 
 
 def _logits_at(student: Tensor, slots: _Slots) -> Tensor:
-    """[N, k], in float64; anything in an empty slot."""
+    """[N, k]; anything in an empty slot."""
     ids = slots.ids.clamp(min=0).reshape(*student.shape[:-1], slots.ids.shape[-1])
-    return student.gather(-1, ids).reshape(slots.ids.shape).to(slots.log_p.dtype)
+    return student.gather(-1, ids).reshape(slots.ids.shape)
 
 
-def _teachers_classes(slots: _Slots, kind: str, columns: int) -> Tensor:
+def _teachers_classes(slots: _Slots, log_p: Tensor, log_sum: Tensor, kind: str, columns: int) -> Tensor:
     """log p of the classes, [N, k + 1]."""
-    log_sum = slots.log_p.logsumexp(-1, keepdim=True)
-    whole = torch.full_like(log_sum, kind != "truncate", dtype=torch.bool)
     log_rest = torch.full_like(log_sum, -torch.inf)
+    scale = torch.zeros_like(log_sum) if kind == "truncate" else log_sum
     if kind == "rest":
         # With no other column, and where rounding makes their sum more than 1, p is divided by that.
         whole = (slots.filled.sum(-1, keepdim=True) == columns) | (log_sum > 0)
         log_rest = torch.where(whole, log_rest, (-log_sum.exp()).log1p())
-    return torch.cat([torch.where(whole, slots.log_p - log_sum, slots.log_p), log_rest], -1)
+        scale = torch.where(whole, log_sum, 0.0)
+    return torch.cat([log_p - scale, log_rest], -1)
 
 
 def _of_classes(x: Tensor, rest: Tensor, log_p: Tensor, kind: str, divergence: Divergence) -> tuple[Tensor, Tensor]:
@@ -322,10 +327,12 @@ def _of_classes(x: Tensor, rest: Tensor, log_p: Tensor, kind: str, divergence: D
     -inf where empty, and `rest` [N] of all other columns."""
     if kind == "both":
         rest = torch.where(rest.isnan(), rest, -torch.inf)  # (a row with a NaN is NaN, wherever it is)
-    log_q = torch.cat([x, rest.unsqueeze(1)], -1)
-    log_q = log_q - log_q.logsumexp(-1, keepdim=True)
-    p, q = log_p.exp(), log_q.exp()
-    d = torch.where((p == 0) & (q == 0), 0.0, log_q - log_p)
+    x = torch.cat([x, rest.unsqueeze(1)], -1)
+    x = x - x.amax(-1, keepdim=True)
+    p, e = log_p.exp(), x.exp()
+    total = e.sum(-1, keepdim=True)
+    q, log_q = e / total, x - total.log()
+    d = log_q - log_p
     if kind == "truncate":
         value, gradient = _truncated(p, q, log_q, d, divergence)
     else:

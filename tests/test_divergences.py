@@ -132,6 +132,26 @@ def test_any_rows(divergence: Divergence, backend_name: str, data: st.DataObject
 
 
 @pytest.mark.parametrize(("divergence", "backend_name"), PAIRS)
+def test_far_by_kl_alone(divergence: Divergence, backend_name: str) -> None:
+    """A student that has ruled out a token with 1e-4 of p and is close elsewhere: KL(p || q) is above 1, a mixture's
+    divergence 1e-4, and the shortcut of a far student would show."""
+    noise, teacher = make_normal(4, 5000, seed=8)
+    student = teacher + 0.01 * noise
+    teacher[:, 7] = teacher.logsumexp(-1) - 9
+    student[:, 7] = teacher[:, 7] - 2e4
+    check_rows(student, teacher, divergence, 1.0, backend_name)
+
+
+@pytest.mark.parametrize(("divergence", "backend_name"), [x for x in PAIRS if x.values[0] in ONE_OF_EACH])
+def test_the_gradient_close_to_the_teacher(divergence: Divergence, backend_name: str) -> None:
+    noise, teacher = make_normal(4, 5000, seed=9)
+    options: dict[str, Any] = {"alpha": 1.0, "divergence": divergence, "backend": backend_name}
+    for sigma in (0.01, 0.1, 1.0):
+        _, gradient, _, exact = both(teacher * 3 + sigma * noise, teacher * 3, None, **options)
+        assert (gradient.double() - exact).norm() <= 5e-6 * exact.norm(), sigma
+
+
+@pytest.mark.parametrize(("divergence", "backend_name"), PAIRS)
 @pytest.mark.parametrize("where", ["teacher", "student", "both"])
 def test_minus_infinity(where: str, divergence: Divergence, backend_name: str) -> None:
     student, teacher = make_logits("wide", 3, 300)

@@ -60,6 +60,7 @@ struct GradientScales {
     float soft;
     float hard, constant;
     float at_label;  // the hard term's whole gradient at the label
+    bool far;        // a mixture's row may take FarMixture
 };
 
 // Logits in their dtype (FkdDtype), to be widened as they are read; and where a gradient goes, rounded to its dtype.
@@ -108,9 +109,7 @@ struct RestSums {
 struct RestGradient {
     float from, log2, by, by_1, student_max, constant;
 };
-// Of n columns of a block, from `begin`.
-RestSums block_rest_sums(Hard hard, const float* s, int begin, int n, float from, const RestScale& k,
-                         const Ahead& ahead);
+RestSums block_rest_sums(Hard hard, const float* s, int n, float from, const RestScale& k, const Ahead& ahead);
 void block_rest_gradient(Hard hard, const float* s, int n, const RestGradient& r, float* g);  // g may be s
 void finish_stores();  // what was written past the caches is there for other threads
 void block_gradient_of_kept(Hard hard, const Kept& kept, int n, const KeptFactors& f, Output g);

@@ -31,10 +31,10 @@ FKD_MATH Exponential fine_exponential(float s, float from, const RestScale& k) {
 // So many columns are summed up in float32, a lane by itself.
 constexpr int kRun = 512;
 
-
 template <Hard hard>
-FKD_CLONES RestSums sums_of(const float* __restrict s, int n, float from, RestScale k, Ahead ahead, int begin) {
-    float z_1[kLanes] = {}, whole[kLanes] = {}, part[kLanes] = {};
+FKD_CLONES RestSums sums_of(const float* __restrict s, int n, float from, RestScale k, Ahead ahead) {
+    double z[kLanes] = {};
+    float z_1[kLanes] = {}, whole[kLanes], part[kLanes];
     const auto step = [&](const float* __restrict x) FKD_INLINED {
         FKD_SIMD
         for (int l = 0; l < kLanes; ++l) {
@@ -44,15 +44,19 @@ FKD_CLONES RestSums sums_of(const float* __restrict s, int n, float from, RestSc
             if (hard == Hard::same || hard == Hard::square) z_1[l] += hard_exponential<hard>(e.whole + e.part, 0, 0);
         }
     };
-    int j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-        fetch<1>(ahead, begin + j);
-        step(s + j);
+    for (int j = 0; j < n;) {
+        const int end = std::min(j + kRun, n);
+        for (int l = 0; l < kLanes; ++l) whole[l] = part[l] = 0;
+        for (; j + kLanes <= end; j += kLanes) {
+            fetch<1>(ahead, j);
+            step(s + j);
+        }
+        if (j < end) step(Tail<Float32, kLanes>::of(s + j, end - j).x);
+        j = end;
+        FKD_SIMD
+        for (int l = 0; l < kLanes; ++l) z[l] += static_cast<double>(whole[l]) + static_cast<double>(part[l]);
     }
-    if (j < n) step(Tail<Float32, kLanes>::of(s + j, n - j).x);
-    double z = 0;
-    for (int l = 0; l < kLanes; ++l) z += static_cast<double>(whole[l]) + static_cast<double>(part[l]);
-    return {z, total(z_1)};
+    return {joined<kLanes>(z, [](double a, double b) { return a + b; }), total(z_1)};
 }
 
 template <Hard hard>
@@ -68,17 +72,8 @@ FKD_CLONES void gradient_of(const float* s, int n, RestGradient r, float* g) {
 
 }  // namespace
 
-RestSums block_rest_sums(Hard hard, const float* s, int begin, int n, float from, const RestScale& k,
-                         const Ahead& ahead) {
-    return with_hard(hard, [&](auto h) {
-        RestSums all = {};
-        for (int j = 0; j < n; j += kRun) {
-            const RestSums run = sums_of<h.value>(s + begin + j, std::min(kRun, n - j), from, k, ahead, begin + j);
-            all.z += run.z;
-            all.z_1 += run.z_1;
-        }
-        return all;
-    });
+RestSums block_rest_sums(Hard hard, const float* s, int n, float from, const RestScale& k, const Ahead& ahead) {
+    return with_hard(hard, [&](auto h) { return sums_of<h.value>(s, n, from, k, ahead); });
 }
 
 void block_rest_gradient(Hard hard, const float* s, int n, const RestGradient& r, float* g) {

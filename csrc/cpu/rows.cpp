@@ -15,6 +15,9 @@ namespace {
 // What is at least this many bytes is in no cache when somebody reads it next.
 constexpr int64_t kLargerThanCaches = int64_t(32) << 20;
 
+// From this sum of v, or of c, on a row's student is far for FarMixture; from this KL(p || q) on it likely is.
+constexpr float kFarTerms = 1.0f / 32, kFarLikely = 8 * kFarTerms;
+
 // NaN where one is.
 float upper_or_nan(double a, float b) { return a >= b ? static_cast<float>(a) : a < b ? b : NAN; }
 
@@ -113,7 +116,9 @@ class Verb {
         schedule_.run(
             [&](int64_t row, int64_t b, int64_t before) { measure(row, b, space(spaces, row), before, gradient); },
             [&](int64_t row) { finish(row, space(spaces, row), soft, hard, stats(row)); },
-            [&](int64_t row, int64_t b) { if (of_family_) sweep(row, b, space(spaces, row), stats(row)); },
+            [&](int64_t row, int64_t b) {
+                if (of_family_) sweep(row, b, space(spaces, row), stats(row), likely_far(soft[row]));
+            },
             [&](int64_t row) { if (of_family_) conclude(row, space(spaces, row), soft, stats(row)); },
             fill);
     }
@@ -157,11 +162,15 @@ class Verb {
         return a;
     }
     // A float32 gradient that no cache will hold is written past them, where all its rows lie at multiples of 16 bytes;
-    // but not over the logits, whose lines are there.
+    // but not over the logits, whose lines are there; nor where one row of logits is all that is read: that is slower.
     bool past_caches(const FkdRows& gradient) const {
         bool apart = gradient.data != student_.data && reinterpret_cast<uintptr_t>(gradient.data) % 16 == 0;
         for (int64_t d = 0; d < gradient.dims; ++d) apart = apart && gradient.strides[d] % 4 == 0;
-        return loss_.soft && gradient.dtype == FKD_FLOAT32 && apart && rows_ * columns_ * 4 >= kLargerThanCaches;
+        return loss_.soft && !of_rest_ && gradient.dtype == FKD_FLOAT32 && apart &&
+               rows_ * columns_ * 4 >= kLargerThanCaches;
+    }
+    bool likely_far(float kl) const {
+        return kl >= kFarLikely && (loss_.divergence == FKD_MIXTURE || loss_.divergence == FKD_SKEWED_MIXTURE);
     }
     bool labelled(int64_t row) const { return hard_ != Hard::off && targets_[row] >= 0; }
 
@@ -202,7 +211,7 @@ class Verb {
             w.moments[static_cast<size_t>(b)] += block_moments(s, t, at.n, scales_, ahead(row, b));
             piece.max_t = 0;
         } else if (of_rest_) {
-            piece.max_s = student_from = max_s = measure_rest(row, at, s, piece);
+            piece.max_s = student_from = max_s = measure_rest(row, at, s, buffers[1], piece);
         } else if (loss_.soft) {
             const float* t = LogitsRow(teacher_, row).read(at.begin, at.n, buffers[1]);
             const float max_t = block_maximum(t, at.n);
@@ -263,37 +272,28 @@ class Verb {
     }
 
     // The sum over the columns whose ids the teacher does not list, z_t from max_t; and z_1 over all of them from their
-    // maximum, which it returns.
-    float measure_rest(int64_t row, Range at, const float* s, Partial<double>& piece) const {
-        int listed[kBlock + 1];  // their columns in the block, and behind the last one
+    // maximum, which it returns. `others`: room for a block.
+    float measure_rest(int64_t row, Range at, const float* s, float* others, Partial<double>& piece) const {
+        int listed[kBlock];  // their columns in the block
         int count = 0;
         const auto* ids = reinterpret_cast<const int64_t*>(LogitsRow(teacher_, row).address(0));
         for (int64_t i = 0; i < teacher_.columns && count < kBlock; ++i) {
             const int64_t j = ids[i] - at.begin;
             if (j >= 0 && j < at.n) listed[count++] = static_cast<int>(j);
         }
-        std::sort(listed, listed + count);
-        listed[count] = at.n;
-        const auto over_others = [&](const auto& call) {
-            for (int i = 0, begin = 0; i <= count; begin = listed[i++] + 1)
-                if (begin < listed[i]) call(begin, listed[i] - begin);
-        };
-        const RestScale k(loss_.temperature);
-        piece.max_t = kLowest;
-        over_others([&](int begin, int n) { piece.max_t = upper_or_nan(piece.max_t, block_maximum(s + begin, n)); });
-        float max_s = static_cast<float>(piece.max_t);
+        // Taken out of a copy: the loops would be slower from one listed column to the next.
+        const float* rest = count == 0 ? s : static_cast<float*>(std::memcpy(others, s, sizeof(float) * at.n));
+        for (int i = 0; i < count; ++i) others[listed[i]] = -INFINITY;
+        const float max_rest = block_maximum(rest, at.n);
+        const RestSums sums =
+            block_rest_sums(hard_, rest, at.n, max_rest, RestScale(loss_.temperature), ahead(row, at.begin / kBlock));
+        float max_s = max_rest;
         for (int i = 0; i < count; ++i) max_s = upper_or_nan(max_s, s[listed[i]]);
-        double z_1 = 0;
-        const Ahead next = ahead(row, at.begin / kBlock);
-        over_others([&](int begin, int n) {
-            const RestSums sums = block_rest_sums(hard_, s, begin, n, static_cast<float>(piece.max_t), k, next);
-            piece.z_t += sums.z;
-            z_1 += sums.z_1;
-        });
-        z_1 *= hard_exponential<Hard::exponential>(0, static_cast<float>(piece.max_t), max_s);
+        double z_1 = sums.z_1 * hard_exponential<Hard::exponential>(0, max_rest, max_s);
         for (int i = 0; i < count; ++i) z_1 += hard_exponential<Hard::exponential>(0, s[listed[i]], max_s);
         piece.z_1 = hard_ != Hard::exponential ? z_1 : labelled(row) ? block_hard_sum(s, at.n, max_s, nullptr) : 0;
-        if (!(piece.max_t < INFINITY)) piece.z_t = NAN;
+        piece.max_t = max_rest;
+        piece.z_t = max_rest < INFINITY ? sums.z : NAN;
         return max_s;
     }
 
@@ -363,11 +363,13 @@ class Verb {
             if (!of_rest_ || (i != FKD_STUDENT_SUM && i != FKD_LOG_RATIO)) stats[i] = static_cast<float>(values[i]);
     }
 
-    void sweep(int64_t row, int64_t b, Workspace& w, const float* stats) const {
+    // `far` of GradientScales, which those stats do not know yet.
+    void sweep(int64_t row, int64_t b, Workspace& w, const float* stats, bool far) const {
         if (targets_[row] == FKD_SKIP) return;
         float buffers[2][kBlock];
         const Range at = range(b);
-        const GradientScales r = row_scales(stats);
+        GradientScales r = row_scales(stats);
+        r.far = far;
         const float* s = LogitsRow(student_, row).read(at.begin, at.n, buffers[0]);
         const float* t = read_teacher(row, at, r.teacher_from, buffers[1]);
         w.terms[static_cast<size_t>(b)] = {};
@@ -375,10 +377,18 @@ class Verb {
             block_term_sums(loss_.divergence, s, t, at.n, r, scales_, numbers_, ahead(row, b));
     }
 
-    void conclude(int64_t row, const Workspace& w, float* soft, float* stats) const {
+    void conclude(int64_t row, Workspace& w, float* soft, float* stats) const {
         if (targets_[row] == FKD_SKIP) return;
-        TermSums<double> sums;
-        for (const TermSums<double>& x : w.terms) sums += x;
+        const auto sum = [&] {
+            TermSums<double> sums;
+            for (const TermSums<double>& x : w.terms) sums += x;
+            return sums;
+        };
+        TermSums<double> sums = sum();
+        if (likely_far(soft[row]) && !(sums.v >= kFarTerms)) {  // columns with next to nothing of p made KL large
+            for (int64_t b = 0; b < schedule_.blocks(); ++b) sweep(row, b, w, stats, false);
+            sums = sum();
+        }
         const bool whole = stats[FKD_LOG_RATIO] == stats[FKD_LOG_RATIO];
         soft[row] = whole ? static_cast<float>(sums.v) : NAN;
         stats[FKD_GROWTH] = static_cast<float>(sums.growth());
@@ -411,6 +421,7 @@ class Verb {
         r.centre = Centre::of(stats[FKD_STUDENT_MAX], scaled() ? 0 : stats[FKD_TEACHER_MAX]);
         r.teacher_from = stats[FKD_TEACHER_MAX];
         r.row = Finished::of(stats, of_family_);
+        r.far = r.row.growth >= kFarTerms;
         return r;
     }
 

@@ -96,10 +96,10 @@ FKD_CLONES Moments<float> moments_of(const float* s, const float* t, int n, floa
 }
 
 template <class Call>
-auto with_family(int64_t divergence, const Call& call) {
+auto with_family(int64_t divergence, bool far, const Call& call) {
     switch (divergence) {
-        case FKD_MIXTURE: return call(Mixture<false>());
-        case FKD_SKEWED_MIXTURE: return call(Mixture<true>());
+        case FKD_MIXTURE: return far ? call(FarMixture<false>()) : call(Mixture<false>());
+        case FKD_SKEWED_MIXTURE: return far ? call(FarMixture<true>()) : call(Mixture<true>());
         case FKD_ALPHA_BETA: return call(AlphaBeta());
         case FKD_VARIATION: return call(Variation());
         default: return call(Linear());
@@ -110,7 +110,8 @@ auto with_family(int64_t divergence, const Call& call) {
 
 TermSums<float> block_term_sums(int64_t divergence, const float* s, const float* t, int n, const GradientScales& r,
                                 const Scales& k, const FamilyNumbers& f, const Ahead& ahead) {
-    return with_family(divergence, [&](auto family) { return sums_of<decltype(family)>(s, t, n, r, k, f, ahead); });
+    const auto sums = [&](auto family) { return sums_of<decltype(family)>(s, t, n, r, k, f, ahead); };
+    return with_family(divergence, r.far, sums);
 }
 
 Moments<float> block_moments(const float* s, const float* t, int n, const Scales& k, const Ahead& ahead) {
@@ -123,7 +124,7 @@ void block_other_gradient(int64_t divergence, Hard hard, const float* s, const f
         const auto run = [&](auto kind) { gradient_of<decltype(kind), h.value>(s, t, n, r, k, f, g, ahead); };
         if (divergence == FKD_REVERSE_KL) return run(ReverseKL());
         if (divergence == FKD_LOGIT_MSE) return run(LogitMSE());
-        with_family(divergence, run);
+        with_family(divergence, r.far, run);
     });
 }
 
