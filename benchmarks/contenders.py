@@ -61,7 +61,7 @@ class Inputs:
         self.teacher = logits()
         self.labels = torch.randint(vocabulary, (rows,), generator=generator, device=device)
         self.buffer = torch.empty_like(self.teacher)
-        self.logits_bytes = self.teacher.nbytes
+        self.logits_bytes, self.elements = self.teacher.nbytes, self.teacher.numel()
         self.soft = torch.full((rows,), ALPHA * TAU**2 / rows, device=device)
         self.hard = torch.full((rows,), (1 - ALPHA) / rows, device=device)
 

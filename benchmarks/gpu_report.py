@@ -63,8 +63,10 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         ),
     ]
     shapes = ("--shapes", options.shapes) if options.shapes else ()
-    for run in (*backends, "others"):
-        command = program("gpu_time.py", "--device", device, "--run", run, *shapes)
+    linear_shapes = ("--shapes", options.linear_shapes) if options.linear_shapes else ()
+    for run in (*backends, "others", "linear"):
+        of_run = linear_shapes if run == "linear" else shapes
+        command = program("gpu_time.py", "--device", device, "--run", run, *of_run)
         result.append(Stage(f"time {run}", 110 if run == "others" else 75, "time.log", (Command(run, command),)))
     result.append(
         Stage(
@@ -140,6 +142,7 @@ def main() -> int:
         "--device", default="cuda", choices=list(BACKENDS), help="cpu: to try this command without a GPU"
     )
     parser.add_argument("--shapes", help="timed; comma-separated ROWSxVOCABULARY (default: those of pytest benchmarks)")
+    parser.add_argument("--linear-shapes", help="timed from hidden states; comma-separated ROWSxWIDTHxVOCABULARY")
     parser.add_argument("--smoke-shapes", default=SMOKE_SHAPES, help="checked (default: %(default)s)")
     options = parser.parse_args()
 

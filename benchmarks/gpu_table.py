@@ -116,7 +116,14 @@ def problem(record: Record) -> str:
 
 
 def times(records: list[Record], most: int) -> Iterator[str]:
-    results = of_kind(records, "time")
+    yield from _times(of_kind(records, "time"), most)
+
+
+def linear(records: list[Record], most: int) -> Iterator[str]:
+    yield from _times(of_kind(records, "linear"), most)
+
+
+def _times(results: list[Record], most: int) -> Iterator[str]:
     for (dtype,), rows in grouped(results, "dtype").items():
         shapes = list(dict.fromkeys(record["shape"] for record in rows))
         yield f"\n{dtype}: ms, GB/s, share of the copy's GB/s in the same process, peak extra memory in logits"
@@ -192,7 +199,7 @@ def grouped(records: list[Record], *keys: str) -> dict[tuple[str, ...], list[Rec
     return groups
 
 
-SECTIONS: tuple[Section, ...] = (machine, stages, smoke, times, tests, counters)
+SECTIONS: tuple[Section, ...] = (machine, stages, smoke, times, linear, tests, counters)
 
 if __name__ == "__main__":
     found = (parsed(line) for line in Path(sys.argv[1]).read_text().splitlines())

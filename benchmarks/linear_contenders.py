@@ -45,7 +45,7 @@ class LinearInputs:
         self.hidden = (hidden + 0.3 * normal(rows, width)).to(dtype).requires_grad_()
         self.weight = (weight + 0.1 * normal(vocabulary, width) / math.sqrt(width)).to(dtype).requires_grad_()
         self.labels = torch.randint(vocabulary, (rows,), generator=generator, device=device)
-        self.logits_bytes = rows * vocabulary * dtype.itemsize
+        self.logits_bytes, self.elements = rows * vocabulary * dtype.itemsize, rows * width * vocabulary
 
     def gradients(self, loss: Tensor) -> object:
         return torch.autograd.grad(loss, (self.hidden, self.weight))

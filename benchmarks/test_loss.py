@@ -6,7 +6,6 @@
 On a GPU where there is one; `gpu_report.py` runs the same there, and more.
 """
 
-import math
 from typing import Any
 
 import pytest
@@ -74,7 +73,7 @@ def measure(
         benchmark.pedantic(
             work,
             setup=before_round(DEVICE),
-            rounds=rounds(math.prod(shape)),
+            rounds=rounds(inputs.elements),
             iterations=1,
             warmup_rounds=WARMUP if len(shape) == 2 else 1,
         )
