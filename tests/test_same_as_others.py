@@ -7,6 +7,7 @@ CI installs the packages, pinned and without their dependencies, for a step of i
 import ast
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from support import make_labels, make_logits
 from torch import Tensor
 
-from fused_kd import SparseTeacher, fused_kd_loss
+from fused_kd import SparseTeacher, fused_kd_loss, fused_linear_kd_loss
 from fused_kd.divergences import JSD, CrossEntropy, Divergence, ForwardKL, ReverseKL, SymmetricKL
 
 
@@ -168,3 +169,46 @@ def test_trl_from_a_server(beta: float, divergence: Divergence, tail: bool) -> N
         return SparseTeacher(made.ids, made.log_probs, "rest" if tail else "both")
 
     check_same(loss, taught, divergence=divergence)
+
+
+def trl_function() -> Any:
+    """Of its DistillationTrainer: the divergence from hidden states, in tiles of float32."""
+    names = ("_use_triton", "_addmm_fp32", "_torch_transform")
+    others = vars(definitions("trl", "kernels/chunked_logprob.py", *names))
+    names = ("ChunkedDivergenceFunction", "_compute_dtype", "_project", "_stats_tile", "_jsd_tile", "_backward_tile")
+    found = definitions("trl", "kernels/chunked_divergence.py", *names)
+    tiles = {"TOKEN_CHUNK_SIZE": 4096, "VOCAB_CHUNK_SIZE": 32768, "_BLOCK_SIZE": 1024, "_MM_OUT_DTYPE": False}
+    for function in (found._project, others["_addmm_fp32"]):
+        function.__globals__.update(torch=torch, **vars(found), **others, **tiles)
+        function.__globals__.update(_TRITON_AVAILABLE=False, maybe_gather_lm_head_ctx=lambda *_: nullcontext())
+    return found.ChunkedDivergenceFunction
+
+
+@pytest.mark.parametrize(("beta", "divergence"), [(0.0, ForwardKL()), (0.5, JSD(0.5)), (1.0, ReverseKL())])
+def test_trl_from_hidden_states(beta: float, divergence: Divergence) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, taught, head = (torch.randn(*x, generator=generator) for x in [(9, 16), (300, 16)] * 2)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = fused_linear_kd_loss(hidden, weight, taught, head, alpha=1.0, t2_scaling=False, divergence=divergence)
+    expected = trl_function().apply(hidden, weight, None, taught, head, None, beta, 2.0)[0].mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize(("beta", "divergence"), [(0.0, ForwardKL()), (0.5, JSD(0.5)), (1.0, ReverseKL())])
+def test_trl_near_convergence(beta: float, divergence: Divergence) -> None:
+    """On the same logits, which lie 0.01 apart: hidden states are one-hot, and pick a column of the weight."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(32768, 16, generator=generator) * 3
+    student, hidden = teacher + 0.01 * torch.randn(32768, 16, generator=generator), torch.eye(16)
+    logits = [x.double().T.contiguous() for x in (student, teacher)]
+    how: dict[str, Any] = {"alpha": 1.0, "temperature": 1.0, "divergence": divergence}
+    exact = fused_kd_loss(*logits, **how)
+    ours = fused_linear_kd_loss(hidden, student, hidden, teacher, **how)
+    theirs = trl_function().apply(hidden, student, None, hidden, teacher, None, beta)[0].mean()
+    error, other = (float((x.double() - exact).abs() / exact) for x in (ours, theirs))
+    print(f"{divergence!r}: off by {error:.1e}, TRL's function by {other:.1e}")
+    assert error < 1e-5 < other
