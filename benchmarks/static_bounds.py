@@ -108,6 +108,7 @@ def compiled(
     student: str = "bf16",
     teacher: str | None = None,
     columns: int = 151936,
+    gradient: str | None = None,
     **overrides: int,
 ) -> Code:
     """One variant for one target and contiguous logits of so many columns; `overrides` replace what the launch says."""
@@ -132,7 +133,7 @@ def compiled(
     types: dict[str, Any] = {
         "student": Rows(f"*{student}", rows),
         "teacher": Rows(f"*{teacher}", rows),
-        "out": Rows(f"*{student}", rows),
+        "out": Rows(f"*{gradient or student}", rows),
         "targets": Rows("*i64", numbers),
         "coef_soft": Rows("*fp32", numbers),
         "coef_hard": Rows("*fp32", numbers),

@@ -55,6 +55,17 @@ def test_no_stack_and_whole_accesses(variant: str, dtype: str, loads: str, archi
         assert hot.in_loop("STG") == (stores if variant.startswith("backward") else 0), arch
 
 
+@pytest.mark.parametrize("gradient", ["bf16", "fp16"])
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant.startswith("backward")])
+def test_a_gradient_in_16_bits_of_float32_logits(variant: str, gradient: str, architectures: list[str]) -> None:
+    for arch in architectures:
+        hot = code(variant, arch, "fp32", gradient=gradient)
+        assert hot.stack == 0, arch
+        assert hot.narrow("LDG") == hot.narrow("STG") == 0, arch
+        assert hot.in_loop("STG") == 2, arch
+        assert hot.per_pair() <= code(variant, arch, "fp32").per_pair() + 1, arch
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_instructions_and_exponentials(variant: str, architectures: list[str]) -> None:
     instructions, exponentials = LIMITS[variant]

@@ -140,6 +140,16 @@ def test_dtypes(variant: str, student: str, teacher: str) -> None:
         assert code.narrow("LDG") == code.narrow("STG") == 0
 
 
+@pytest.mark.parametrize("gradient", ["bf16", "fp16"])
+@pytest.mark.parametrize("variant", ["fused, any tau", "fused, all options", "backward, JSD"])
+def test_a_gradient_in_16_bits_of_float32_logits(variant: str, gradient: str) -> None:
+    code = compiled(variant, cuda(90), "fp32", gradient=gradient)
+    check_loop(code)
+    assert code.narrow("LDG") == 0
+    assert code.narrow("STG", least=64) == 0  # a lane's vector is 16 bytes of logits
+    assert code.in_loop("STG") == compiled(variant, cuda(90), "fp32").in_loop("STG")
+
+
 @pytest.mark.parametrize("columns", [100, 1000, 16000, 32000])
 @pytest.mark.parametrize("variant", ["forward, any tau", "backward, any tau"])
 def test_every_entry_of_the_launch_table(variant: str, columns: int) -> None:

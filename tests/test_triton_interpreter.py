@@ -24,6 +24,7 @@ from support import (
     before,
     both,
     check,
+    check_narrow_gradient,
     check_where_rows_lie,
     make_labels,
     make_logits,
@@ -156,6 +157,27 @@ def test_a_teacher_temperature_costs_large_logits_no_digits(teacher_temperature:
 def test_mixed_dtypes(student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
     student, teacher = make_logits("wide", 2, V)
     check(student.to(student_dtype), teacher.to(teacher_dtype), torch.tensor([7, 4400]), backend="triton")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=repr)
+def test_a_gradient_in_16_bits_of_float32_logits(divergence: Divergence, dtype: torch.dtype) -> None:
+    check_narrow_gradient("triton", dtype, divergence, columns=2100)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hard": False, "columns": LONG, "rows": 2},
+        {"soft": False, "columns": 97},
+        {"teacher_temperature": 3.5, "label_smoothing": 0.1},
+    ],
+    ids=str,
+)
+def test_a_gradient_in_16_bits_with_the_options(options: dict[str, Any]) -> None:
+    check_narrow_gradient("triton", torch.bfloat16, ForwardKL(), **options)
 
 
 @interpreted

@@ -117,53 +117,61 @@ cudaError_t launch(Kernel* kernel, int64_t blocks, int warps, const Work& w, voi
 
 using RowsKernel = void(const Work);
 
-template <class S>
+template <class S, class G>
 RowsKernel* kernel_of(const Work& w) {
     // The gradient knows no entropy, and always adds what smoothing asks for.
     const bool options = w.tempered || (w.forward && (w.entropy || w.smoothing > 0));
-    if (!w.use_soft) return rows_kernel<Variant<S, S, false, Hard::same, false>>;
+    if (!w.use_soft) return rows_kernel<Variant<S, S, false, Hard::same, false, G>>;
     if (options || w.teacher.dtype != w.student.dtype)
-        return rows_kernel<Variant<S, AnyDtype, true, Hard::exponential, true>>;
-    if (!w.use_hard) return rows_kernel<Variant<S, S, true, Hard::off, false>>;
-    if (w.temperature == 1) return rows_kernel<Variant<S, S, true, Hard::same, false>>;
-    if (w.temperature == 2) return rows_kernel<Variant<S, S, true, Hard::square, false>>;
-    return rows_kernel<Variant<S, S, true, Hard::exponential, false>>;
+        return rows_kernel<Variant<S, AnyDtype, true, Hard::exponential, true, G>>;
+    if (!w.use_hard) return rows_kernel<Variant<S, S, true, Hard::off, false, G>>;
+    if (w.temperature == 1) return rows_kernel<Variant<S, S, true, Hard::same, false, G>>;
+    if (w.temperature == 2) return rows_kernel<Variant<S, S, true, Hard::square, false, G>>;
+    return rows_kernel<Variant<S, S, true, Hard::exponential, false, G>>;
+}
+
+// The dtypes of student and gradient: one, or float32 and 16 bits, for logits that matrix products have made and that
+// read the gradient again.
+template <class Call>
+RowsKernel* for_dtypes(const Work& w, Call call) {
+    if (w.student.dtype == FKD_BFLOAT16) return call(Bfloat16(), Bfloat16());
+    if (w.student.dtype == FKD_FLOAT16) return call(Float16(), Float16());
+    if (w.backward && w.gradient.dtype == FKD_BFLOAT16) return call(Float32(), Bfloat16());
+    if (w.backward && w.gradient.dtype == FKD_FLOAT16) return call(Float32(), Float16());
+    return call(Float32(), Float32());
 }
 
 RowsKernel* kernel_for(const Work& w) {
-    switch (w.student.dtype) {
-        case FKD_BFLOAT16: return kernel_of<Bfloat16>(w);
-        case FKD_FLOAT16: return kernel_of<Float16>(w);
-        default: return kernel_of<Float32>(w);
-    }
+    return for_dtypes(w, [&](auto student, auto gradient) {
+        return kernel_of<decltype(student), decltype(gradient)>(w);
+    });
 }
 
-template <class S, class Kind>
+template <class S, class G, class Kind>
 RowsKernel* other_kernel(bool backward) {
-    using V = Variant<S, AnyDtype, true, Hard::exponential, true>;
     using Summed = std::conditional_t<std::is_same_v<Kind, ReverseKL>, Linear, Kind>;  // the value, and G
-    return backward ? other_gradient_kernel<V, OtherGradient<V, Kind>> : terms_kernel<V, TermsOf<Summed>>;
+    if (!backward) return terms_kernel<Variant<S, AnyDtype, true, Hard::exponential, true>, TermsOf<Summed>>;
+    using V = Variant<S, AnyDtype, true, Hard::exponential, true, G>;
+    return other_gradient_kernel<V, OtherGradient<V, Kind>>;
 }
 
-template <class S>
+template <class S, class G>
 RowsKernel* other_kernel(const Work& w, bool backward) {
     switch (w.divergence) {
-        case FKD_REVERSE_KL: return other_kernel<S, ReverseKL>(backward);
-        case FKD_LOGIT_MSE: return other_kernel<S, LogitMSE>(backward);
-        case FKD_MIXTURE: return other_kernel<S, Mixture<false>>(backward);
-        case FKD_SKEWED_MIXTURE: return other_kernel<S, Mixture<true>>(backward);
-        case FKD_ALPHA_BETA: return other_kernel<S, AlphaBeta>(backward);
-        case FKD_VARIATION: return other_kernel<S, Variation>(backward);
-        default: return other_kernel<S, Linear>(backward);
+        case FKD_REVERSE_KL: return other_kernel<S, G, ReverseKL>(backward);
+        case FKD_LOGIT_MSE: return other_kernel<S, G, LogitMSE>(backward);
+        case FKD_MIXTURE: return other_kernel<S, G, Mixture<false>>(backward);
+        case FKD_SKEWED_MIXTURE: return other_kernel<S, G, Mixture<true>>(backward);
+        case FKD_ALPHA_BETA: return other_kernel<S, G, AlphaBeta>(backward);
+        case FKD_VARIATION: return other_kernel<S, G, Variation>(backward);
+        default: return other_kernel<S, G, Linear>(backward);
     }
 }
 
 RowsKernel* other_kernel_for(const Work& w, bool backward) {
-    switch (w.student.dtype) {
-        case FKD_BFLOAT16: return other_kernel<Bfloat16>(w, backward);
-        case FKD_FLOAT16: return other_kernel<Float16>(w, backward);
-        default: return other_kernel<Float32>(w, backward);
-    }
+    return for_dtypes(w, [&](auto student, auto gradient) {
+        return other_kernel<decltype(student), decltype(gradient)>(w, backward);
+    });
 }
 
 int sections_of(int64_t columns) { return static_cast<int>((columns + kSection - 1) / kSection); }

@@ -7,10 +7,11 @@ namespace fused_kd {
 
 // What a kernel is compiled for. `general`: the options that are not worth a kernel of their own are looked at as it
 // runs, and so is the teacher's dtype; `hard` is then Hard::exponential, whether or not there is a hard term.
-template <class Student_, class Teacher_, bool soft_, Hard hard_, bool general_>
+template <class Student_, class Teacher_, bool soft_, Hard hard_, bool general_, class Gradient_ = Student_>
 struct Variant {
     using Student = Student_;
     using Teacher = Teacher_;
+    using Gradient = Gradient_;
     static constexpr bool soft = soft_, general = general_;
     static constexpr Hard hard = hard_;
     // A gradient in 16 bits is rounded to 2^-9 or 2^-12 of itself: differences need not be better than 2^-16.
