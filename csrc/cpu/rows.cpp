@@ -278,7 +278,7 @@ class Verb {
             for (int i = 0, begin = 0; i <= count; begin = listed[i++] + 1)
                 if (begin < listed[i]) call(begin, listed[i] - begin);
         };
-        const RestScale k(loss_.temperature);
+        const RestScale k = RestScale::of(loss_.temperature);
         piece.max_t = kLowest;
         over_others([&](int begin, int n) { piece.max_t = upper_or_nan(piece.max_t, block_maximum(s + begin, n)); });
         float max_s = static_cast<float>(piece.max_t);

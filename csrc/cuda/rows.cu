@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "finish.h"
-#include "second_sweep.h"
+#include "rest.h"
 
 namespace fused_kd {
 namespace {
@@ -74,9 +74,28 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) terms_kernel(const Work w) {
     if (lane_index() == 0) static_cast<typename Terms::Sums*>(w.terms)[row * w.sections + section] = sums;
 }
 
+// Of kSplitWarps warps.
+template <class V>
+__global__ void __launch_bounds__(kSplitWarps* kWarp) rest_kernel(const Work w) {
+    __shared__ uint64_t listed[kSplitWarps][kFlags];
+    const int64_t row = blockIdx.x / static_cast<unsigned>(w.slices), target = w.targets[row];
+    const int section = first_section(w);
+    if (!readable(target, w.columns) || section >= w.sections) return;
+    const Range at(w, section, target);
+    uint64_t* flags = listed[threadIdx.x / kWarp];
+    flag_listed(w.teacher, row, at, flags);
+    const RestSum sum = section_rest(w, RowView<V>(w, row).from(at.begin), at, flags);
+    if (lane_index() == 0) static_cast<RestSum*>(w.terms)[row * w.sections + section] = sum;
+}
+
 __global__ void conclude_kernel(const Work w) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-    if (row < w.rows) conclude_row(w, row, w.stats + row * FKD_STATS);
+    if (row >= w.rows || !readable(w.targets[row], w.columns)) return;
+    float* stats = w.stats + row * FKD_STATS;
+    if (w.divergence != FKD_REST)
+        conclude_row(w, row, stats);
+    else if (lane_index() == 0)
+        conclude_rest(w, row, stats);
 }
 
 template <class V, class Gradient>
@@ -155,9 +174,18 @@ RowsKernel* other_kernel(bool backward) {
     return other_gradient_kernel<V, OtherGradient<V, Kind>>;
 }
 
+// Its kernels read the student alone.
+template <class S, class G>
+RowsKernel* rest_kernel_of(bool backward) {
+    if (!backward) return rest_kernel<Variant<S, S, false, Hard::exponential, false>>;
+    using V = Variant<S, S, false, Hard::exponential, false, G>;
+    return other_gradient_kernel<V, OtherGradient<V, Rest>>;
+}
+
 template <class S, class G>
 RowsKernel* other_kernel(const Work& w, bool backward) {
     switch (w.divergence) {
+        case FKD_REST: return rest_kernel_of<S, G>(backward);
         case FKD_REVERSE_KL: return other_kernel<S, G, ReverseKL>(backward);
         case FKD_LOGIT_MSE: return other_kernel<S, G, LogitMSE>(backward);
         case FKD_MIXTURE: return other_kernel<S, G, Mixture<false>>(backward);
@@ -204,13 +232,14 @@ Work work_for(const FkdRows& student, const FkdRows& teacher, const int64_t* tar
     w.teacher = teacher;
     w.targets = targets;
     w.rows = row_count(student);
-    w.columns = std::min(student.columns, teacher.columns);
+    w.columns = loss.divergence == FKD_REST ? student.columns : std::min(student.columns, teacher.columns);
     w.sections = sections_of(w.columns);
     w.use_hard = loss.hard != 0;
     w.entropy = loss.soft && loss.divergence == FKD_CROSS_ENTROPY;
     w.smoothing = loss.hard ? static_cast<float>(loss.label_smoothing) : 0.0f;
     w.divergence = loss.divergence;
     w.numbers = FamilyNumbers(loss.numbers);
+    w.rest = RestScale::of(loss.temperature);
     set_soft(w, loss.soft != 0, loss.temperature, loss.teacher_temperature);
     return w;
 }
@@ -224,7 +253,7 @@ cudaError_t run(Work w, int warps, bool split, void* stream) {
     w.whole = !split;
     if (!split) {
         w.slices = 1;
-        return launch(kernel, w.rows, std::min(warps, w.sections), w, stream);
+        return launch(kernel, w.rows, std::max(1, std::min(warps, w.sections)), w, stream);
     }
     const int each = std::min(kSplitWarps, w.sections);
     w.slices = (w.sections + each - 1) / each;
@@ -254,8 +283,10 @@ cudaError_t run_other(const Work& w, int warps, bool split, void* stream) {
     if (w.forward) {
         Work first = w;
         first.backward = false;
-        if (w.divergence == FKD_LOGIT_MSE) set_soft(first, false, 1, 1);
-        error = run(first, warps, split, stream);
+        // Of these the first visit has the hard term, or nothing to read.
+        if (w.divergence == FKD_LOGIT_MSE || w.divergence == FKD_REST) set_soft(first, false, 1, 1);
+        if (!first.use_soft && !first.use_hard) first.sections = 0;
+        error = run(first, warps, split && first.sections > 0, stream);
         if (error == cudaSuccess)
             error = launch(other_kernel_for(w, false), w.rows * second.slices, each, second, stream);
         if (error == cudaSuccess) error = launch(conclude_kernel, blocks_of_rows(w), kSplitWarps, w, stream);
@@ -286,8 +317,9 @@ int64_t set_scratch(Work& w, const FkdLoss& loss, bool split, void* memory) {
     w.pieces = scratch.take<Piece>(split, pieces);
     float* stats = scratch.take<float>(w.backward && (split || other(loss)), w.rows * FKD_STATS);
     if (stats) w.stats = stats;
-    const bool of_logits = loss.divergence == FKD_LOGIT_MSE;
-    const size_t each = of_logits ? sizeof(Moments<float>) : sizeof(TermSums<float>);
+    const size_t each = loss.divergence == FKD_LOGIT_MSE ? sizeof(Moments<float>)
+                        : loss.divergence == FKD_REST    ? sizeof(RestSum)
+                                                         : sizeof(TermSums<float>);
     w.terms = scratch.take<char>(other(loss), pieces * static_cast<int64_t>(each));
     return scratch.size;
 }

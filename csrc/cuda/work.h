@@ -1,6 +1,7 @@
 // What a kernel is told, and what it is compiled for.
 #pragma once
 #include "../families.h"
+#include "../rest.h"
 #include "warp.h"
 
 namespace fused_kd {
@@ -60,7 +61,7 @@ struct Work {
     float *soft, *hard, *stats;
     const float *grad_soft, *grad_hard;
     Piece* pieces;        // [rows, sections] where blocks share a row, else null
-    void* terms;          // [rows, sections] of a second sweep: TermSums<float>, or Moments<float> of LogitMSE
+    void* terms;          // [rows, sections] of a second sweep: TermSums<float>, Moments<float> of LogitMSE, RestSum
     int64_t rows, columns;
     int sections, slices;  // of a row: slices are what blocks take
     bool forward, backward, whole;  // whole: a block has a row to itself and finishes it
@@ -69,6 +70,7 @@ struct Work {
     float k_s, k_t, unit, temperature, teacher_factor, smoothing;
     int64_t divergence;
     FamilyNumbers numbers;
+    RestScale rest;
 };
 
 // Of whole rows, in float64: of the factors that lanes use, not of better ones.
