@@ -87,5 +87,20 @@ def code(variant: str, arch: str, dtype: str = "bf16", loads: str = "whole", gra
     return Code(resources.registers, resources.stack, [whole if loads == "whole" else shifted], PAIRS)
 
 
+# Templates of the kernels for a second sweep and for gradients that are not q - p: of each divergence and dtype one.
+SECOND_SWEEP = ("terms_kernel", "other_gradient_kernel", "rest_kernel")
+
+
+@functools.cache
+def second_sweep(template: str, arch: str) -> dict[str, Code]:
+    """All kernels of one template on one architecture, by mangled name: their loops that read 16 bytes at a time."""
+    found = {}
+    for name, (resources, body) in _kernels(arch).items():
+        if re.search(rf"\d{template}I", name):
+            loops = [loop for loop in sass_loops(body) if _count(loop, "LDG", ".128")]
+            found[name] = Code(resources.registers, resources.stack, loops, PAIRS)
+    return found
+
+
 def _count(loop: Counter[str], opcode: str, width: str = "") -> int:
     return sum(n for name, n in loop.items() if name.startswith(opcode) and width in name)
