@@ -49,7 +49,7 @@ class Code:
         return sum(n for opcode, n in self.loops[0].items() if opcode.startswith(prefix) and bits(opcode) < least)
 
 
-def read_amd(text: str, around: bool = False) -> Code:
+def read_amd(text: str) -> Code:
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", text)
         assert found is not None, name
@@ -57,7 +57,7 @@ def read_amd(text: str, around: bool = False) -> Code:
 
     # Scalar registers spill into lanes of vector registers, not into memory.
     stack = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
-    loops = _loops(text, r"^\s+([a-z]\w+)", r"^(\.LBB\w+):", r"branch\w*\s+(\.LBB\w+)", around)
+    loops = _loops(text, r"^\s+([a-z]\w+)", r"^(\.LBB\w+):", r"branch\w*\s+(\.LBB\w+)")
     return Code(number("vgpr_count"), stack, list(loops))
 
 

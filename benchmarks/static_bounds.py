@@ -164,9 +164,10 @@ def compiled(
             attributes[i,] = _MULTIPLE
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=target, options=launch.options)
-    around = switches.family == "rest" and name == "sweep"  # the loop over the ids in a tile
-    amd = target.backend == "hip"
-    code = read_amd(result.asm["amdgcn"], around) if amd else read_cubin(result.asm["cubin"], around)
+    if target.backend == "hip":
+        code = read_amd(result.asm["amdgcn"])
+    else:
+        code = read_cubin(result.asm["cubin"], around=variant == f"sweep, {SPARSE}")  # the loop over a tile's ids
     if name == "fused":  # reads a row in one loop, and writes its gradient in another
         writing = next(loop for loop in code.loops if any(op.startswith(STORES) for op in loop))
         code.loops[0] = code.loops[0] + writing

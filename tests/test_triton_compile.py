@@ -133,8 +133,7 @@ def test_amd(variant: str) -> None:
     code = compiled(variant, AMD)
     assert code.stack == 0
     assert code.in_loop("ds_", "s_barrier") == 0
-    wide = code.in_loop("global_load_dwordx4", "buffer_load_dwordx4")
-    assert wide == code.in_loop("global_load", "buffer_load") - ids(variant)
+    assert code.in_loop("global_load_dwordx4", "buffer_load_dwordx4") == code.in_loop("global_load", "buffer_load")
     assert code.per_pair("v_exp_f32") <= LIMITS[variant][1]
 
 
