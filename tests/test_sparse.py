@@ -549,12 +549,14 @@ def test_the_verb_of_the_other_columns(dtype: torch.dtype, shape: tuple[int, int
 
 
 def check_where_rows_lie(backend: str, columns: int) -> None:
-    """The verbs have the same bits wherever logits and gradient lie, and fused is forward and backward."""
+    """The verbs have the same bits wherever logits and gradient lie, and fused is forward and backward. Every listed
+    column counts, those at both ends of a section too."""
     verbs, ones = PREFERENCE[backend], torch.ones(3)
-    student, teacher = make_logits("wide", 3, columns)
-    ids = teacher.topk(5, -1).indices
-    ids[1] = torch.tensor([columns - 1, 0, -1, 7, -1])
-    targets = torch.tensor([int(ids[0, 0]), NO_LABEL, SKIP])
+    student, _ = make_logits("wide", 3, columns)
+    ends = sorted({0, 7, *(j for i in (4096, 8192, 16384) for j in (i - 1, i) if j < columns), columns - 1})
+    ids = torch.tensor([ends, [-1, *ends[:0:-1]], ends])
+    student[0, ends] = student[1, ends[1:]] = 30.0
+    targets = torch.tensor([0, NO_LABEL, SKIP])
     options = RowOptions(3.0, 3.0, REST, 0.0, True, True, backend)
     results = []
     for offset, gap in ((0, -columns % 8), (0, 0), (3, 1)):
@@ -568,11 +570,30 @@ def check_where_rows_lie(backend: str, columns: int) -> None:
         results.append([*forward, out])
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(other, results[0], strict=True))
+    exact = student[:2].double()
+    exact[0, ends] = exact[1, ends[1:]] = -INF
+    assert_loss(results[0][0], torch.cat([(exact / 3).logsumexp(-1), torch.zeros(1).double()]))
 
 
 @pytest.mark.parametrize("columns", [97, 9001])
 def test_bits_do_not_depend_on_where_rows_lie(columns: int, backend: str) -> None:
     check_where_rows_lie(backend, columns)
+
+
+def check_log_rest(backend: str) -> None:
+    """Close to the teacher at tau = 100 float32 would not do: stats have R in two numbers."""
+    noise, _ = make_normal(1, 151936, seed=0)
+    ids = noise.topk(64, -1).indices
+    options = RowOptions(100.0, 100.0, REST, 0.0, True, False, backend)
+    rows = LogitRows(noise * 3, ids, torch.tensor([NO_LABEL]), options)
+    stats = PREFERENCE[backend].rows_forward(rows)[2][0].double()
+    found = stats[TEACHER_MAX] / 100 + (stats[STUDENT_SUM] + stats[LOG_RATIO]).log()
+    exact = (noise * 3).double().div(100).scatter(-1, ids, -INF).logsumexp(-1)
+    assert abs(found - exact) <= 1e-9
+
+
+def test_log_rest(backend: str) -> None:
+    check_log_rest(backend)
 
 
 IDS, LOGS, S = torch.tensor([[1, 2], [3, -1]]), torch.full((2, 2), -1.0), torch.randn(2, 10)

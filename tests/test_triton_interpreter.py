@@ -31,9 +31,9 @@ from support import (
     make_normal,
 )
 from test_divergences import KINDS, ONE_OF_EACH, check_rows, gradient_error_bound
+from test_sparse import check_log_rest, exactly, make_teacher
 from test_sparse import check_rows as check_sparse_rows
 from test_sparse import check_where_rows_lie as check_where_sparse_rows_lie
-from test_sparse import exactly, make_teacher
 
 from fused_kd import SparseTeacher, fused_kd_loss
 from fused_kd.backends import PREFERENCE
@@ -472,6 +472,11 @@ def test_a_sparse_teacher_with_the_options(options: dict[str, Any]) -> None:
     sparse_teacher = make_teacher(teacher, 9, 2.0)
     labels = torch.tensor([[int(sparse_teacher.ids[0, 0, 0])], [-100], [LONG]])
     check(student, sparse_teacher, labels, soft_on_ignored=True, backend="triton", **options)
+
+
+@interpreted
+def test_the_other_columns_of_a_sparse_teacher() -> None:
+    check_log_rest("triton")
 
 
 @interpreted
