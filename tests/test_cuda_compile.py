@@ -39,7 +39,7 @@ LIMITS = {
 # Of a second sweep, and of gradients that are not q - p: how many kernels; their registers, as reached (512 threads
 # have 128 each); and how many bytes of stack there are around the hot loops.
 KERNELS = {
-    "terms_kernel": (3 * 6, 120, 32),  # dtypes; sums (reverse KL has those of a linear family)
+    "terms_kernel": (3 * 6, 128, 32),  # dtypes; sums (reverse KL has those of a linear family)
     "other_gradient_kernel": (5 * 8, 128, 16),  # dtypes of student and gradient; divergences
     "rest_kernel": (3, 72, 0),
 }
