@@ -64,23 +64,42 @@ def loads_for(variant: str, dtype: str, columns: int) -> str:
 
 
 @functools.cache
-def code(variant: str, arch: str, dtype: str = "bf16", loads: str = "whole") -> Code:
+def code(variant: str, arch: str, dtype: str = "bf16", loads: str = "whole", gradient: str | None = None) -> Code:
     """One of a verb's hot loops in one kernel, on one architecture ("sm_90").
 
-    `loads`, as in csrc/cuda/forward.h: "whole" is for aligned rows, "shifted" for others.
+    `loads`, as in csrc/cuda/forward.h: "whole" is for aligned rows, "shifted" for others. `gradient`: its dtype, where
+    that is not the logits'.
     """
     verb, name = variant.split(", ", 1)
     student = DTYPES[dtype]
     teacher, soft, hard, general = _TEMPLATES[name]
     # The Itanium ABI's name for a repeated type is a substitution: S and a digit.
-    other = f"NS_{len(teacher)}{teacher}E" if teacher != "{}" else r"S\d?_"
-    pattern = rf"rows_kernelINS_7VariantINS_{len(student)}{student}E{other}Lb{soft}ELNS_4HardE{hard}ELb{general}E"
+    first, other, written = (
+        f"NS_{len(name)}{name}E" if name else r"S\d?_"
+        for name in (student, teacher.format(""), DTYPES[gradient] if gradient else "")
+    )
+    pattern = rf"rows_kernelINS_7VariantI{first}{other}Lb{soft}ELNS_4HardE{hard}ELb{general}E{written}E"
     (match,) = [found for key, found in _kernels(arch).items() if re.search(pattern, key)]
     resources, body = match
     loops = [loop for loop in sass_loops(body) if _count(loop, "LDG", ".128")]
     both = [loop for loop in loops if (_count(loop, "STG") > 0) == (verb == "backward")]
     whole, shifted = sorted(both, key=lambda loop: _count(loop, "LDG"))  # shifted loads are more
     return Code(resources.registers, resources.stack, [whole if loads == "whole" else shifted], PAIRS)
+
+
+# Templates of the kernels for a second sweep and for gradients that are not q - p: of each divergence and dtype one.
+SECOND_SWEEP = ("terms_kernel", "other_gradient_kernel", "rest_kernel")
+
+
+@functools.cache
+def second_sweep(template: str, arch: str) -> dict[str, Code]:
+    """All kernels of one template on one architecture, by mangled name: their loops that read 16 bytes at a time."""
+    found = {}
+    for name, (resources, body) in _kernels(arch).items():
+        if re.search(rf"\d{template}I", name):
+            loops = [loop for loop in sass_loops(body) if _count(loop, "LDG", ".128")]
+            found[name] = Code(resources.registers, resources.stack, loops, PAIRS)
+    return found
 
 
 def _count(loop: Counter[str], opcode: str, width: str = "") -> int:

@@ -73,14 +73,14 @@ def disassembled(*cubins: Path) -> tuple[str, str]:
     return usage, text
 
 
-def read_cubin(cubin: bytes) -> Code:
-    """Of one kernel."""
+def read_cubin(cubin: bytes, around: bool = False) -> Code:
+    """Of one kernel. `around`: its hot loop has a loop in it that seldom turns, and is not counted."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage, text = disassembled(Path(file.name))
     code = read_usage(usage)
-    code.loops = list(sass_loops(text))
+    code.loops = list(sass_loops(text, around))
     return code
 
 
@@ -92,13 +92,14 @@ def read_usage(usage: str, kernel: str = r"\S+") -> Code:
     return Code(registers, stack + local)
 
 
-def sass_loops(text: str) -> Iterator[Counter[str]]:
+def sass_loops(text: str, around: bool = False) -> Iterator[Counter[str]]:
     instruction = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
-    return _loops(text, instruction, r"^(\.L_x_\d+):", r"BRA.*?(\.L_x_\d+)")
+    return _loops(text, instruction, r"^(\.L_x_\d+):", r"BRA.*?(\.L_x_\d+)", around)
 
 
-def _loops(text: str, instruction: str, label: str, branch: str) -> Iterator[Counter[str]]:
-    """The innermost loops with a load from global memory, in the order of the code."""
+def _loops(text: str, instruction: str, label: str, branch: str, around: bool = False) -> Iterator[Counter[str]]:
+    """The innermost loops with a load from global memory, in the order of the code; or those `around` one, without
+    what is in that."""
     places: dict[str, int] = {}
     opcodes: list[str] = []
     spans: list[tuple[int, int]] = []
@@ -111,7 +112,10 @@ def _loops(text: str, instruction: str, label: str, branch: str) -> Iterator[Cou
             if jump and jump[1] in places:
                 spans.append((places[jump[1]], len(opcodes)))
     for begin, end in spans:
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans):
+        inside = [(b, e) for b, e in spans if begin <= b and e <= end and (b, e) != (begin, end)]
+        if bool(inside) == around:
             body = Counter(opcodes[begin:end])
+            for b, e in inside:
+                body -= Counter(opcodes[b:e])
             if any(opcode.startswith(("LDG", "global_load", "buffer_load")) for opcode in body):
                 yield body

@@ -100,6 +100,10 @@ for _name, _divergence in DIVERGENCES.items():
     )
     for _kernel in ("sweep" if _family.second else "forward", "backward"):
         VARIANTS[f"{_kernel}, {_name}"] = (_kernel, _switches)
+# The student alone, for a sparse teacher.
+SPARSE = "sparse teacher"
+_switches = SWITCHES["soft term"]._replace(soft=False, family="rest", second=True)
+VARIANTS |= {f"{_kernel}, {SPARSE}": (_kernel, _switches) for _kernel in ("sweep", "backward")}
 
 
 def compiled(
@@ -108,6 +112,7 @@ def compiled(
     student: str = "bf16",
     teacher: str | None = None,
     columns: int = 151936,
+    gradient: str | None = None,
     **overrides: int,
 ) -> Code:
     """One variant for one target and contiguous logits of so many columns; `overrides` replace what the launch says."""
@@ -119,6 +124,8 @@ def compiled(
         switches = switches._replace(exact=True)
     divergence = variant.partition(", ")[2]
     of_family = family_of(DIVERGENCES[divergence]).numbers if divergence in DIVERGENCES else ()
+    if divergence == SPARSE:
+        teacher, of_family = student, (0.0,)
     switches = switches._replace(ptx=target.backend == "cuda" and switches.family in PTX)
     kernel = getattr(triton_kernels, name)
     launch = launch_for(columns, max(ITEMSIZE[student], ITEMSIZE[teacher]), target.warp_size)._replace(**overrides)
@@ -131,8 +138,8 @@ def compiled(
     rows, numbers = ("i32",), ("constexpr",)
     types: dict[str, Any] = {
         "student": Rows(f"*{student}", rows),
-        "teacher": Rows(f"*{teacher}", rows),
-        "out": Rows(f"*{student}", rows),
+        "teacher": Rows("*i32" if switches.family == "rest" and name == "sweep" else f"*{teacher}", rows),
+        "out": Rows(f"*{gradient or student}", rows),
         "targets": Rows("*i64", numbers),
         "coef_soft": Rows("*fp32", numbers),
         "coef_hard": Rows("*fp32", numbers),
@@ -157,7 +164,10 @@ def compiled(
             attributes[i,] = _MULTIPLE
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=target, options=launch.options)
-    code = read_amd(result.asm["amdgcn"]) if target.backend == "hip" else read_cubin(result.asm["cubin"])
+    if target.backend == "hip":
+        code = read_amd(result.asm["amdgcn"])
+    else:
+        code = read_cubin(result.asm["cubin"], around=variant == f"sweep, {SPARSE}")  # the loop over a tile's ids
     if name == "fused":  # reads a row in one loop, and writes its gradient in another
         writing = next(loop for loop in code.loops if any(op.startswith(STORES) for op in loop))
         code.loops[0] = code.loops[0] + writing
@@ -174,7 +184,7 @@ def bound(code: Code, gpu: Gpu, bytes_per_pair: int) -> float:
 
 def bytes_per_pair(variant: str, dtype: str) -> int:
     """What moves to and from memory; the fused verb's second look at a row is taken to find it in the cache."""
-    read = 1 if "hard term" in variant else 2
+    read = 1 if "hard term" in variant or SPARSE in variant else 2
     return ITEMSIZE[dtype] * (read + (not variant.startswith(("forward", "sweep"))))
 
 

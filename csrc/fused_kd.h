@@ -72,8 +72,9 @@ FKD_API int64_t fkd_rows_fused(const FkdRows* student, const FkdRows* teacher, c
                                float* hard, const FkdRows* gradient, int64_t threads);
 
 // The CUDA library: the same verbs with pointers into the memory of `device`, queued on `stream`; nothing waits. A row
-// whose target is out of range becomes NaN and is not read. Each returns 0 or the code of a CUDA error. Targets,
-// vectors and stats are contiguous; `scratch` is memory of the device, of as many bytes as fkd_cuda_scratch asks for.
+// whose target is out of range becomes NaN and is not read. The gradient has the student's dtype or, of float32 logits,
+// any other, rounded once. Each returns 0 or the code of a CUDA error. Targets, vectors and stats are contiguous;
+// `scratch` is memory of the device, of as many bytes as fkd_cuda_scratch asks for.
 enum FkdVerb { FKD_FORWARD = 1, FKD_BACKWARD = 2, FKD_FUSED = 3 };
 
 FKD_API int64_t fkd_cuda_scratch(const FkdRows* student, const FkdRows* teacher, const FkdLoss* loss, int64_t verb,

@@ -265,6 +265,7 @@ T exchanged(unsigned mask, const T& x, int operation, int argument, int from) {
 }  // namespace cuda_host
 
 inline void __syncthreads() { cuda_host::wait_for(cuda_host::Wait::block); }
+inline void __syncwarp() { cuda_host::wait_for(cuda_host::Wait::lanes, 2, 0); }
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int distance) {

@@ -239,3 +239,38 @@ def check_where_rows_lie(
     for offsets, gap in PLACES:
         for x, y in zip(run(offsets, even if gap is None else gap), expected, strict=True):
             assert torch.equal(x, y), (offsets, gap)
+
+
+def check_narrow_gradient(
+    backend: str, dtype: torch.dtype, divergence: Divergence, *, rows: int = 3, columns: int = 4099, **changes: Any
+) -> None:
+    """Of float32 logits the fused verb writes a gradient in 16 bits, rounded once, wherever it lies."""
+    taus = [changes.get(name, 2.0) for name in ("temperature", "teacher_temperature")]
+    options = RowOptions(*taus, divergence.name, 0.0, True, True, backend, divergence.parameters)._replace(**changes)
+    student, teacher = make_logits("wide", rows, columns)
+    targets = torch.arange(rows) * 97 % columns
+    targets[1] = SKIP
+    weights = torch.rand(2, rows, generator=torch.Generator().manual_seed(0), device="cpu").to(student.device)
+    out = placed(student.to(dtype), 3, 2)
+    verb = PREFERENCE[backend].rows_fused
+    soft, hard = verb(LogitRows(student, teacher, targets, options), *weights, out)
+    memory = out.as_strided((out.untyped_storage().size() // out.itemsize,), (1,), 0)
+    assert memory.isnan().sum() == 3 + 2 * (rows - 1)
+
+    exact, counted, expected = student.double().requires_grad_(), targets != SKIP, torch.zeros(2, rows).double()
+    if options.soft:
+        of_soft = soft_term(
+            exact[counted],
+            teacher[counted].double(),
+            temperature=options.temperature,
+            teacher_temperature=options.teacher_temperature,
+            divergence=divergence,
+        )
+        expected[0] = expected[0].index_put((counted,), of_soft)
+    if options.hard:
+        of_hard = hard_term(exact[counted], targets[counted], label_smoothing=options.label_smoothing)
+        expected[1] = expected[1].index_put((counted,), of_hard)
+    assert_loss(torch.stack([soft, hard]), expected.detach())
+    (gradient,) = torch.autograd.grad((weights * expected).sum(), exact)
+    for row in range(rows):
+        assert_gradient(out[row], gradient[row])

@@ -6,12 +6,13 @@ What stays unchecked: time, the driver's part, and memory order between warps.
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")  # its wheel has cuobjdump and nvdisasm
-from cuda_code import DTYPES, VARIANTS, code, library, loads_for, targets
+from cuda_code import DTYPES, SECOND_SWEEP, VARIANTS, code, library, loads_for, second_sweep, targets
 from machine_code import EXPONENTIALS
 
 FOUND = library()
@@ -35,6 +36,15 @@ LIMITS = {
 }
 
 
+# Of a second sweep, and of gradients that are not q - p: how many kernels; their registers, as reached (512 threads
+# have 128 each); and how many bytes of stack there are around the hot loops.
+KERNELS = {
+    "terms_kernel": (3 * 6, 128, 32),  # dtypes; sums (reverse KL has those of a linear family)
+    "other_gradient_kernel": (5 * 8, 128, 16),  # dtypes of student and gradient; divergences
+    "rest_kernel": (3, 72, 0),
+}
+
+
 @pytest.fixture(scope="module")
 def architectures() -> list[str]:
     found = targets()
@@ -55,6 +65,17 @@ def test_no_stack_and_whole_accesses(variant: str, dtype: str, loads: str, archi
         assert hot.in_loop("STG") == (stores if variant.startswith("backward") else 0), arch
 
 
+@pytest.mark.parametrize("gradient", ["bf16", "fp16"])
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant.startswith("backward")])
+def test_a_gradient_in_16_bits_of_float32_logits(variant: str, gradient: str, architectures: list[str]) -> None:
+    for arch in architectures:
+        hot = code(variant, arch, "fp32", gradient=gradient)
+        assert hot.stack == 0, arch
+        assert hot.narrow("LDG") == hot.narrow("STG") == 0, arch
+        assert hot.in_loop("STG") == 2, arch
+        assert hot.per_pair() <= code(variant, arch, "fp32").per_pair() + 1, arch
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_instructions_and_exponentials(variant: str, architectures: list[str]) -> None:
     instructions, exponentials = LIMITS[variant]
@@ -62,6 +83,33 @@ def test_instructions_and_exponentials(variant: str, architectures: list[str]) -
         assert code(variant, arch).per_pair(*EXPONENTIALS) <= exponentials, arch
         if arch == "sm_90":
             assert code(variant, arch).per_pair() <= instructions
+
+
+@pytest.mark.parametrize("template", SECOND_SWEEP)
+def test_the_second_sweep_keeps_to_registers(template: str, architectures: list[str]) -> None:
+    number, registers, stack = KERNELS[template]
+    for arch in architectures:
+        kernels = second_sweep(template, arch)
+        assert len(kernels) == number, arch
+        for name, found in kernels.items():
+            assert found.registers <= registers, (arch, name)
+            assert found.stack <= stack, (arch, name)
+            assert found.loops, (arch, name)
+            for loop in found.loops:
+                hot = replace(found, loops=[loop])
+                assert hot.spilled <= 2, (arch, name)  # (an address of the alpha-beta family's, once in 16 pairs)
+                assert hot.in_loop("SHFL", "BAR", "STS") == 0, (arch, name)
+
+
+def test_what_a_sparse_teacher_costs(architectures: list[str]) -> None:
+    """Of the student alone: neither exponentials of the hardware nor float64 for each logit."""
+    for arch in architectures:
+        for name, found in second_sweep("rest_kernel", arch).items():
+            whole, shifted = sorted((replace(found, loops=[loop]) for loop in found.loops), key=lambda x: x.per_pair())
+            assert whole.per_pair() <= 29.25, (arch, name)
+            assert shifted.per_pair() <= whole.per_pair() + 2.25, (arch, name)
+            assert whole.in_loop("MUFU") <= 1, (arch, name)
+            assert whole.in_loop("DADD", "DFMA", "DMUL") <= 4, (arch, name)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -8,9 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import BACKENDS, DTYPES, LOGITS, check, make_labels, make_logits, on_device
+from support import (
+    BACKENDS,
+    DTYPES,
+    LOGITS,
+    check,
+    check_narrow_gradient,
+    make_labels,
+    make_logits,
+    on_device,
+)
+from test_divergences import ONE_OF_EACH
 
 from fused_kd import FusedKDLoss, KDLossOutput, fused_kd_loss
+from fused_kd.divergences import CrossEntropy, Divergence, ForwardKL
 
 WEIGHTS = torch.tensor([[0.5, 0.0, 3.0, 1e-3, 1.0], [2.0, 0.25, 0.0, 1.0, 7.0], [1.0, 1.0, 1.0, 0.0, 0.125]])
 
@@ -71,6 +82,30 @@ def test_logits(kind: str, temperature: float, dtype: torch.dtype, backend: str)
 def test_mixed_dtypes(student_dtype: torch.dtype, teacher_dtype: torch.dtype, backend: str) -> None:
     student, teacher = make_logits("peaked", 4, 2500)
     check(student.to(student_dtype), teacher.to(teacher_dtype), make_labels(4, vocabulary=2500), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=repr)
+def test_a_gradient_in_16_bits_of_float32_logits(divergence: Divergence, dtype: torch.dtype, backend: str) -> None:
+    check_narrow_gradient(backend, dtype, divergence)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hard": False},
+        {"soft": False},
+        {"temperature": 1.0, "teacher_temperature": 1.0},
+        {"temperature": 2.7, "teacher_temperature": 2.7, "rows": 9, "columns": 9000},
+        {"teacher_temperature": 3.5, "label_smoothing": 0.1},
+        {"divergence": CrossEntropy(), "columns": 600},
+    ],
+    ids=str,
+)
+def test_a_gradient_in_16_bits_with_the_options(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+    options = {"divergence": ForwardKL(), **options}
+    check_narrow_gradient(backend, dtype, options.pop("divergence"), **options)
 
 
 @pytest.mark.parametrize("columns", [(130, 100), (100, 130), (5000, 4097), (4097, 5000)])

@@ -24,14 +24,18 @@ from support import (
     before,
     both,
     check,
+    check_narrow_gradient,
     check_where_rows_lie,
     make_labels,
     make_logits,
     make_normal,
 )
 from test_divergences import KINDS, ONE_OF_EACH, check_rows, gradient_error_bound
+from test_sparse import check_log_rest, exactly, make_teacher
+from test_sparse import check_rows as check_sparse_rows
+from test_sparse import check_where_rows_lie as check_where_sparse_rows_lie
 
-from fused_kd import fused_kd_loss
+from fused_kd import SparseTeacher, fused_kd_loss
 from fused_kd.backends import PREFERENCE
 from fused_kd.backends.rows import NO_LABEL, SKIP, LogitRows, RowOptions
 from fused_kd.divergences import (
@@ -156,6 +160,27 @@ def test_a_teacher_temperature_costs_large_logits_no_digits(teacher_temperature:
 def test_mixed_dtypes(student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
     student, teacher = make_logits("wide", 2, V)
     check(student.to(student_dtype), teacher.to(teacher_dtype), torch.tensor([7, 4400]), backend="triton")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=repr)
+def test_a_gradient_in_16_bits_of_float32_logits(divergence: Divergence, dtype: torch.dtype) -> None:
+    check_narrow_gradient("triton", dtype, divergence, columns=2100)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hard": False, "columns": LONG, "rows": 2},
+        {"soft": False, "columns": 97},
+        {"teacher_temperature": 3.5, "label_smoothing": 0.1},
+    ],
+    ids=str,
+)
+def test_a_gradient_in_16_bits_with_the_options(options: dict[str, Any]) -> None:
+    check_narrow_gradient("triton", torch.bfloat16, ForwardKL(), **options)
 
 
 @interpreted
@@ -404,3 +429,78 @@ def test_bits_of_a_divergence_do_not_depend_on_where_rows_lie(
     divergence: Divergence, dtype: torch.dtype, teacher_dtype: torch.dtype, columns: int
 ) -> None:
     check_where_rows_lie("triton", dtype, teacher_dtype, columns, divergence)
+
+
+# A sparse teacher. test_sparse.py has more, and runs on these kernels with TRITON_INTERPRET=1.
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("missing", ["rest", "renormalize", "truncate"])
+def test_a_sparse_teacher(missing: str, dtype: torch.dtype) -> None:
+    pairs = [make_logits(kind, 1, V) for kind in ("close", "wide", "peaked", "big")]
+    student, teacher = (torch.cat(logits) for logits in zip(*pairs, strict=True))
+    for k in (1, 70):
+        sparse_teacher = make_teacher(teacher, k, 2.0, missing)
+        check_sparse_rows(student.to(dtype), sparse_teacher, ForwardKL(), 2.0, backend="triton")
+
+
+@interpreted
+@pytest.mark.parametrize("divergence", [ForwardKL(), JSD(), AlphaBeta(0.2, 0.7)], ids=repr)
+def test_a_student_close_to_a_sparse_teacher(divergence: Divergence) -> None:
+    noise, teacher = make_normal(1, 3 * LONG, seed=3)
+    student, tau = teacher * 3 + 0.01 * noise, 100.0
+    sparse_teacher = SparseTeacher.from_logits((teacher * 3).double(), 64, tau)
+    options: dict[str, Any] = {"temperature": tau, "alpha": 1.0, "t2_scaling": False, "divergence": divergence}
+    loss, gradient, _, exact = both(student, sparse_teacher, None, backend="triton", **options)
+    assert_loss(loss, torch.tensor(exactly(student, sparse_teacher, divergence, tau), dtype=torch.float64))
+    assert (gradient.double() - exact).norm() <= 5e-6 * exact.norm()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 0.5, "label_smoothing": 0.1, "temperature": 2.7},
+        {"alpha": 0.5, "inplace": True, "temperature": 1.5, "reduction": "sum"},
+        {"alpha": 0.0},
+    ],
+    ids=str,
+)
+def test_a_sparse_teacher_with_the_options(options: dict[str, Any]) -> None:
+    student, teacher = make_logits("wide", 3, 1, LONG + 1)
+    sparse_teacher = make_teacher(teacher, 9, 2.0)
+    labels = torch.tensor([[int(sparse_teacher.ids[0, 0, 0])], [-100], [LONG]])
+    check(student, sparse_teacher, labels, soft_on_ignored=True, backend="triton", **options)
+
+
+@interpreted
+def test_the_other_columns_of_a_sparse_teacher() -> None:
+    check_log_rest("triton")
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [97, LONG + 1])
+def test_bits_of_a_sparse_teacher_do_not_depend_on_where_rows_lie(columns: int) -> None:
+    check_where_sparse_rows_lie("triton", columns)
+
+
+@interpreted
+@pytest.mark.parametrize("what", [float("nan"), INF, -INF])
+def test_a_bad_number_beside_a_sparse_teacher_stays_in_its_row(what: float) -> None:
+    student, teacher = make_logits("wide", 3, V)
+    top = SparseTeacher.from_logits(teacher, 3)
+    others = torch.ones(V, dtype=torch.bool).index_fill(0, top.ids[0], False)
+    student[0, others if what == -INF else others.nonzero()[[9, 4400]]] = what
+    leaf = student.requires_grad_()
+    loss = fused_kd_loss(leaf, top, alpha=1.0, reduction="none", backend="triton")
+    assert isinstance(loss, torch.Tensor)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    if what == -INF:
+        assert loss[0] == INF
+        assert gradient[0].isfinite().all()
+    else:
+        assert loss[0].isnan()
+        assert gradient[0].isnan().all()
+    assert loss[1:].isfinite().all()
+    assert gradient[1:].isfinite().all()

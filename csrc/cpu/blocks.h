@@ -2,6 +2,7 @@
 // logits' dtype: a block is widened when it is read, and the gradient is narrowed as it is written.
 #pragma once
 #include "../families.h"
+#include "../rest.h"
 
 namespace fused_kd {
 
@@ -94,13 +95,7 @@ Moments<float> block_moments(const float* s, const float* t, int n, const Scales
 // The gradient of what is neither forward KL nor cross entropy, as GradientScales has it. g may be s.
 void block_other_gradient(int64_t divergence, Hard hard, const float* s, const float* t, int n, const GradientScales& r,
                           const Scales& k, const FamilyNumbers& f, float* g, const Ahead& ahead);
-// FKD_REST. 1 / tau times log2(e), in two parts.
-struct RestScale {
-    float high, low;
-
-    explicit RestScale(double temperature)
-        : high(static_cast<float>(kLog2E / temperature)), low(static_cast<float>(kLog2E / temperature - high)) {}
-};
+// FKD_REST.
 struct RestSums {
     double z;
     float z_1;  // for Hard::same and Hard::square

@@ -286,7 +286,7 @@ class Verb {
         for (int i = 0; i < count; ++i) others[listed[i]] = -INFINITY;
         const float max_rest = block_maximum(rest, at.n);
         const RestSums sums =
-            block_rest_sums(hard_, rest, at.n, max_rest, RestScale(loss_.temperature), ahead(row, at.begin / kBlock));
+            block_rest_sums(hard_, rest, at.n, max_rest, RestScale::of(loss_.temperature), ahead(row, at.begin / kBlock));
         float max_s = max_rest;
         for (int i = 0; i < count; ++i) max_s = upper_or_nan(max_s, s[listed[i]]);
         double z_1 = sums.z_1 * hard_exponential<Hard::exponential>(0, max_rest, max_s);

@@ -97,13 +97,13 @@ struct RowGradient {
 };
 
 template <class V>
-FKD_GPU void store(typename V::Student::Bits* to, float x) {
-    *to = V::Student::narrowed(x);
+FKD_GPU void store(typename V::Gradient::Bits* to, float x) {
+    *to = V::Gradient::narrowed(x);
 }
 
 // One column a lane: rows' ends, the columns around the label.
 template <class V, class Gradient>
-FKD_GPU void fill_columns(const RowView<V>& row, const Gradient& g, typename V::Student::Bits* out, int begin,
+FKD_GPU void fill_columns(const RowView<V>& row, const Gradient& g, typename V::Gradient::Bits* out, int begin,
                            int end, int label) {
 #pragma unroll 1
     for (int column = begin + lane_index(); column < end; column += kWarp)
@@ -111,7 +111,7 @@ FKD_GPU void fill_columns(const RowView<V>& row, const Gradient& g, typename V::
 }
 
 template <class V, Loads loads, class Gradient>
-FKD_GPU void fill_steps(const RowView<V>& row, const Gradient& g, typename V::Student::Bits* out, int steps,
+FKD_GPU void fill_steps(const RowView<V>& row, const Gradient& g, typename V::Gradient::Bits* out, int steps,
                          int left_out) {
     const int first = (left_out == 0) * kStep + lane_index() * kGroup;
     RowView<V> at = row.from(first);
@@ -125,7 +125,7 @@ FKD_GPU void fill_steps(const RowView<V>& row, const Gradient& g, typename V::St
         for (int j = 0; j < kChunk; ++j) s[j] = g.fast(s[j], t[j]);
 #pragma unroll
         for (int j = 0; j < kGroups; ++j)
-            store_group(typename V::Student(), s + j * kGroup, out + j * kWarp * kGroup);
+            store_group(typename V::Gradient(), s + j * kGroup, out + j * kWarp * kGroup);
         const int next = i == left_out ? 2 * kStep : kStep;
         at = at.from(next);
         out += next;
@@ -140,7 +140,7 @@ FKD_GPU int columns_ahead(const Bits* at) {
 }
 
 template <class V, class Gradient>
-FKD_GPU void section_gradient(const RowView<V>& row, const Gradient& g, typename V::Student::Bits* out,
+FKD_GPU void section_gradient(const RowView<V>& row, const Gradient& g, typename V::Gradient::Bits* out,
                                const Range& range) {
     const int n = range.n, label = range.label;
     // 16-byte stores start at the first column that lies so.
@@ -169,7 +169,7 @@ FKD_GPU void section_gradient(const RowView<V>& row, const Gradient& g, typename
 // A warp's part of a row: its sections from `first` on, those read last first, as they are still in a cache.
 template <class V, class Gradient>
 FKD_GPU void row_gradient(const Work& w, int64_t row, int64_t target, const float* stats, int first, int stride) {
-    auto* out = static_cast<typename V::Student::Bits*>(w.gradient.data) + row_offset(w.gradient, row);
+    auto* out = static_cast<typename V::Gradient::Bits*>(w.gradient.data) + row_offset(w.gradient, row);
     const bool read = readable(target, w.columns);
     if (read && first < w.sections) {
         const RowView<V> view(w, row);

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "finish.h"
-#include "second_sweep.h"
+#include "rest.h"
 
 namespace fused_kd {
 namespace {
@@ -74,9 +74,28 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) terms_kernel(const Work w) {
     if (lane_index() == 0) static_cast<typename Terms::Sums*>(w.terms)[row * w.sections + section] = sums;
 }
 
+// Of kSplitWarps warps.
+template <class V>
+__global__ void __launch_bounds__(kSplitWarps* kWarp) rest_kernel(const Work w) {
+    __shared__ uint64_t listed[kSplitWarps][kFlags];
+    const int64_t row = blockIdx.x / static_cast<unsigned>(w.slices), target = w.targets[row];
+    const int section = first_section(w);
+    if (!readable(target, w.columns) || section >= w.sections) return;
+    const Range at(w, section, target);
+    uint64_t* flags = listed[threadIdx.x / kWarp];
+    flag_listed(w.teacher, row, at, flags);
+    const RestSum sum = section_rest(w, RowView<V>(w, row).from(at.begin), at, flags);
+    if (lane_index() == 0) static_cast<RestSum*>(w.terms)[row * w.sections + section] = sum;
+}
+
 __global__ void conclude_kernel(const Work w) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-    if (row < w.rows) conclude_row(w, row, w.stats + row * FKD_STATS);
+    if (row >= w.rows || !readable(w.targets[row], w.columns)) return;
+    float* stats = w.stats + row * FKD_STATS;
+    if (w.divergence != FKD_REST)
+        conclude_row(w, row, stats);
+    else if (lane_index() == 0)
+        conclude_rest(w, row, stats);
 }
 
 template <class V, class Gradient>
@@ -117,53 +136,70 @@ cudaError_t launch(Kernel* kernel, int64_t blocks, int warps, const Work& w, voi
 
 using RowsKernel = void(const Work);
 
-template <class S>
+template <class S, class G>
 RowsKernel* kernel_of(const Work& w) {
     // The gradient knows no entropy, and always adds what smoothing asks for.
     const bool options = w.tempered || (w.forward && (w.entropy || w.smoothing > 0));
-    if (!w.use_soft) return rows_kernel<Variant<S, S, false, Hard::same, false>>;
+    if (!w.use_soft) return rows_kernel<Variant<S, S, false, Hard::same, false, G>>;
     if (options || w.teacher.dtype != w.student.dtype)
-        return rows_kernel<Variant<S, AnyDtype, true, Hard::exponential, true>>;
-    if (!w.use_hard) return rows_kernel<Variant<S, S, true, Hard::off, false>>;
-    if (w.temperature == 1) return rows_kernel<Variant<S, S, true, Hard::same, false>>;
-    if (w.temperature == 2) return rows_kernel<Variant<S, S, true, Hard::square, false>>;
-    return rows_kernel<Variant<S, S, true, Hard::exponential, false>>;
+        return rows_kernel<Variant<S, AnyDtype, true, Hard::exponential, true, G>>;
+    if (!w.use_hard) return rows_kernel<Variant<S, S, true, Hard::off, false, G>>;
+    if (w.temperature == 1) return rows_kernel<Variant<S, S, true, Hard::same, false, G>>;
+    if (w.temperature == 2) return rows_kernel<Variant<S, S, true, Hard::square, false, G>>;
+    return rows_kernel<Variant<S, S, true, Hard::exponential, false, G>>;
+}
+
+// The dtypes of student and gradient: one, or float32 and 16 bits, for logits that matrix products have made and that
+// read the gradient again.
+template <class Call>
+RowsKernel* for_dtypes(const Work& w, Call call) {
+    if (w.student.dtype == FKD_BFLOAT16) return call(Bfloat16(), Bfloat16());
+    if (w.student.dtype == FKD_FLOAT16) return call(Float16(), Float16());
+    if (w.backward && w.gradient.dtype == FKD_BFLOAT16) return call(Float32(), Bfloat16());
+    if (w.backward && w.gradient.dtype == FKD_FLOAT16) return call(Float32(), Float16());
+    return call(Float32(), Float32());
 }
 
 RowsKernel* kernel_for(const Work& w) {
-    switch (w.student.dtype) {
-        case FKD_BFLOAT16: return kernel_of<Bfloat16>(w);
-        case FKD_FLOAT16: return kernel_of<Float16>(w);
-        default: return kernel_of<Float32>(w);
-    }
+    return for_dtypes(w, [&](auto student, auto gradient) {
+        return kernel_of<decltype(student), decltype(gradient)>(w);
+    });
 }
 
-template <class S, class Kind>
+template <class S, class G, class Kind>
 RowsKernel* other_kernel(bool backward) {
-    using V = Variant<S, AnyDtype, true, Hard::exponential, true>;
     using Summed = std::conditional_t<std::is_same_v<Kind, ReverseKL>, Linear, Kind>;  // the value, and G
-    return backward ? other_gradient_kernel<V, OtherGradient<V, Kind>> : terms_kernel<V, TermsOf<Summed>>;
+    if (!backward) return terms_kernel<Variant<S, AnyDtype, true, Hard::exponential, true>, TermsOf<Summed>>;
+    using V = Variant<S, AnyDtype, true, Hard::exponential, true, G>;
+    return other_gradient_kernel<V, OtherGradient<V, Kind>>;
 }
 
-template <class S>
+// Its kernels read the student alone.
+template <class S, class G>
+RowsKernel* rest_kernel_of(bool backward) {
+    if (!backward) return rest_kernel<Variant<S, S, false, Hard::exponential, false>>;
+    using V = Variant<S, S, false, Hard::exponential, false, G>;
+    return other_gradient_kernel<V, OtherGradient<V, Rest>>;
+}
+
+template <class S, class G>
 RowsKernel* other_kernel(const Work& w, bool backward) {
     switch (w.divergence) {
-        case FKD_REVERSE_KL: return other_kernel<S, ReverseKL>(backward);
-        case FKD_LOGIT_MSE: return other_kernel<S, LogitMSE>(backward);
-        case FKD_MIXTURE: return other_kernel<S, Mixture<false>>(backward);
-        case FKD_SKEWED_MIXTURE: return other_kernel<S, Mixture<true>>(backward);
-        case FKD_ALPHA_BETA: return other_kernel<S, AlphaBeta>(backward);
-        case FKD_VARIATION: return other_kernel<S, Variation>(backward);
-        default: return other_kernel<S, Linear>(backward);
+        case FKD_REST: return rest_kernel_of<S, G>(backward);
+        case FKD_REVERSE_KL: return other_kernel<S, G, ReverseKL>(backward);
+        case FKD_LOGIT_MSE: return other_kernel<S, G, LogitMSE>(backward);
+        case FKD_MIXTURE: return other_kernel<S, G, Mixture<false>>(backward);
+        case FKD_SKEWED_MIXTURE: return other_kernel<S, G, Mixture<true>>(backward);
+        case FKD_ALPHA_BETA: return other_kernel<S, G, AlphaBeta>(backward);
+        case FKD_VARIATION: return other_kernel<S, G, Variation>(backward);
+        default: return other_kernel<S, G, Linear>(backward);
     }
 }
 
 RowsKernel* other_kernel_for(const Work& w, bool backward) {
-    switch (w.student.dtype) {
-        case FKD_BFLOAT16: return other_kernel<Bfloat16>(w, backward);
-        case FKD_FLOAT16: return other_kernel<Float16>(w, backward);
-        default: return other_kernel<Float32>(w, backward);
-    }
+    return for_dtypes(w, [&](auto student, auto gradient) {
+        return other_kernel<decltype(student), decltype(gradient)>(w, backward);
+    });
 }
 
 int sections_of(int64_t columns) { return static_cast<int>((columns + kSection - 1) / kSection); }
@@ -196,13 +232,14 @@ Work work_for(const FkdRows& student, const FkdRows& teacher, const int64_t* tar
     w.teacher = teacher;
     w.targets = targets;
     w.rows = row_count(student);
-    w.columns = std::min(student.columns, teacher.columns);
+    w.columns = loss.divergence == FKD_REST ? student.columns : std::min(student.columns, teacher.columns);
     w.sections = sections_of(w.columns);
     w.use_hard = loss.hard != 0;
     w.entropy = loss.soft && loss.divergence == FKD_CROSS_ENTROPY;
     w.smoothing = loss.hard ? static_cast<float>(loss.label_smoothing) : 0.0f;
     w.divergence = loss.divergence;
     w.numbers = FamilyNumbers(loss.numbers);
+    w.rest = RestScale::of(loss.temperature);
     set_soft(w, loss.soft != 0, loss.temperature, loss.teacher_temperature);
     return w;
 }
@@ -216,7 +253,7 @@ cudaError_t run(Work w, int warps, bool split, void* stream) {
     w.whole = !split;
     if (!split) {
         w.slices = 1;
-        return launch(kernel, w.rows, std::min(warps, w.sections), w, stream);
+        return launch(kernel, w.rows, std::max(1, std::min(warps, w.sections)), w, stream);
     }
     const int each = std::min(kSplitWarps, w.sections);
     w.slices = (w.sections + each - 1) / each;
@@ -246,8 +283,10 @@ cudaError_t run_other(const Work& w, int warps, bool split, void* stream) {
     if (w.forward) {
         Work first = w;
         first.backward = false;
-        if (w.divergence == FKD_LOGIT_MSE) set_soft(first, false, 1, 1);
-        error = run(first, warps, split, stream);
+        // Of these the first visit has the hard term, or nothing to read.
+        if (w.divergence == FKD_LOGIT_MSE || w.divergence == FKD_REST) set_soft(first, false, 1, 1);
+        if (!first.use_soft && !first.use_hard) first.sections = 0;
+        error = run(first, warps, split && first.sections > 0, stream);
         if (error == cudaSuccess)
             error = launch(other_kernel_for(w, false), w.rows * second.slices, each, second, stream);
         if (error == cudaSuccess) error = launch(conclude_kernel, blocks_of_rows(w), kSplitWarps, w, stream);
@@ -278,8 +317,9 @@ int64_t set_scratch(Work& w, const FkdLoss& loss, bool split, void* memory) {
     w.pieces = scratch.take<Piece>(split, pieces);
     float* stats = scratch.take<float>(w.backward && (split || other(loss)), w.rows * FKD_STATS);
     if (stats) w.stats = stats;
-    const bool of_logits = loss.divergence == FKD_LOGIT_MSE;
-    const size_t each = of_logits ? sizeof(Moments<float>) : sizeof(TermSums<float>);
+    const size_t each = loss.divergence == FKD_LOGIT_MSE ? sizeof(Moments<float>)
+                        : loss.divergence == FKD_REST    ? sizeof(RestSum)
+                                                         : sizeof(TermSums<float>);
     w.terms = scratch.take<char>(other(loss), pieces * static_cast<int64_t>(each));
     return scratch.size;
 }

@@ -130,37 +130,44 @@ FKD_GPU typename Terms::Sums section_terms(const Terms& terms, const RowView<V>&
     return terms.over_warp(sums);
 }
 
+// The hard term's part of a gradient.
+struct HardGradient {
+    float by = 0, at_label = 0, constant = 0;
+
+    FKD_GPU_MEMBER HardGradient(const Work& w, int64_t row, int64_t target, const float* stats) {
+        if (!w.use_hard || target < 0) return;
+        by = w.grad_hard[row] / stats[FKD_HARD_SUM];
+        constant = -w.grad_hard[row] * w.smoothing / static_cast<float>(w.columns);
+        at_label = w.grad_hard[row] * (w.smoothing - stats[FKD_MISS]) + constant;
+    }
+    FKD_GPU_MEMBER float operator()(float s, float student_max, bool own) const {
+        const float e_1 = hard_exponential<Hard::exponential>(0, s, student_max);
+        return own ? at_label : by == 0 ? constant : std::fma(by, e_1, constant);
+    }
+};
+
 // As RowGradient, for every divergence that has no q - p.
 template <class V, class Kind>
 struct OtherGradient {
     static constexpr bool careful = false;
     FinishedRow at;
     FamilyNumbers numbers;
-    float soft, hard, at_label, constant;
+    HardGradient hard;
+    float soft;
 
     FKD_GPU_MEMBER OtherGradient(const Work& w, int64_t row, int64_t target, const float* stats)
-        : at(w, stats), numbers(w.numbers) {
-        soft = w.grad_soft[row] * at.scales.unit;
-        hard = at_label = constant = 0;
-        if (w.use_hard && target >= 0) {
-            hard = w.grad_hard[row] / stats[FKD_HARD_SUM];
-            constant = -w.grad_hard[row] * w.smoothing / static_cast<float>(w.columns);
-            at_label = w.grad_hard[row] * (w.smoothing - stats[FKD_MISS]) + constant;
-        }
-    }
+        : at(w, stats), numbers(w.numbers), hard(w, row, target, stats), soft(w.grad_soft[row] * at.scales.unit) {}
     FKD_GPU_MEMBER float operator()(float s, float t, bool own = false) const { return fast(s, t, own); }
     FKD_GPU_MEMBER float fast(float s, float logit, bool own = false) const {
         const float t = at.teacher(logit);
         const Slope slope = SlopeOf<Kind>::at(at.student_exponent(s), at.teacher_exponent(t), at.delta(s, t),
                                               (s - t) * at.scales.unit, at.row, numbers);
-        const float e_1 = hard_exponential<Hard::exponential>(0, s, at.centre.student);
-        return soft * slope.soft + (own ? at_label : hard == 0 ? constant : std::fma(hard, e_1, constant));
+        return soft * slope.soft + hard(s, at.centre.student, own);
     }
 };
 
 // One warp: a row's sums of terms, or its moments, and what they say.
 FKD_GPU void conclude_row(const Work& w, int64_t row, float* stats) {
-    if (!readable(w.targets[row], w.columns)) return;
     if (w.divergence == FKD_LOGIT_MSE) {
         const Moments<float>* pieces = static_cast<const Moments<float>*>(w.terms) + row * w.sections;
         Moments<double> all;

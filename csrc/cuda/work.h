@@ -1,16 +1,18 @@
 // What a kernel is told, and what it is compiled for.
 #pragma once
 #include "../families.h"
+#include "../rest.h"
 #include "warp.h"
 
 namespace fused_kd {
 
 // What a kernel is compiled for. `general`: the options that are not worth a kernel of their own are looked at as it
 // runs, and so is the teacher's dtype; `hard` is then Hard::exponential, whether or not there is a hard term.
-template <class Student_, class Teacher_, bool soft_, Hard hard_, bool general_>
+template <class Student_, class Teacher_, bool soft_, Hard hard_, bool general_, class Gradient_ = Student_>
 struct Variant {
     using Student = Student_;
     using Teacher = Teacher_;
+    using Gradient = Gradient_;
     static constexpr bool soft = soft_, general = general_;
     static constexpr Hard hard = hard_;
     // A gradient in 16 bits is rounded to 2^-9 or 2^-12 of itself: differences need not be better than 2^-16.
@@ -59,7 +61,7 @@ struct Work {
     float *soft, *hard, *stats;
     const float *grad_soft, *grad_hard;
     Piece* pieces;        // [rows, sections] where blocks share a row, else null
-    void* terms;          // [rows, sections] of a second sweep: TermSums<float>, or Moments<float> of LogitMSE
+    void* terms;          // [rows, sections] of a second sweep: TermSums<float>, Moments<float> of LogitMSE, RestSum
     int64_t rows, columns;
     int sections, slices;  // of a row: slices are what blocks take
     bool forward, backward, whole;  // whole: a block has a row to itself and finishes it
@@ -68,6 +70,7 @@ struct Work {
     float k_s, k_t, unit, temperature, teacher_factor, smoothing;
     int64_t divergence;
     FamilyNumbers numbers;
+    RestScale rest;
 };
 
 // Of whole rows, in float64: of the factors that lanes use, not of better ones.

@@ -7,6 +7,8 @@ divergence)` and the same three verbs over the rows of logits [..., V], `fused_k
     rows_backward(rows, stats, grad_soft[N], grad_hard[N], out)  writes d(sum grad_soft soft + grad_hard hard)/d student
     rows_fused   (rows, coef_soft[N], coef_hard[N], out) -> soft[N], hard[N], and writes the same
 
+The gradient has the student's dtype; that of float32 logits may be of 16 bits, rounded once.
+
 Adding a backend is one file, and its name in `PREFERENCE`.
 """
 

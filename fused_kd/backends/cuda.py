@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import native
-from fused_kd.backends.rows import STATS, LogitRows, check_targets, lacks_rest
+from fused_kd.backends.rows import STATS, LogitRows, check_targets
 
 NAME = "cuda"
 DESCRIPTION = "compiled for NVIDIA GPUs, from CUDA C++: float32, bfloat16, float16"
@@ -24,7 +24,7 @@ def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
     if device.type != expected or (expected == "cuda" and torch.version.hip):
         where = f"the CPU, as {native.CUDA_LIBRARY} names a library for tests" if _on_host() else "an NVIDIA GPU"
         return f"it takes tensors on {where}, and student_logits is on {device}"
-    reason = native.refuses(student, teacher) or lacks_rest(divergence)
+    reason = native.refuses(student, teacher)
     if reason is None and device.type == "cuda":
         reason = _device_refused(device.index)
     return reason

@@ -116,11 +116,6 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def lacks_rest(divergence: str) -> str | None:
-    """What a backend says that has no kernel for REST."""
-    return "it does not take a SparseTeacher; the torch backend does" if divergence == REST else None
-
-
 def row_dtype(*logits: Tensor) -> torch.dtype:
     """The dtype of vectors with one number a row."""
     return torch.float64 if torch.float64 in [x.dtype for x in logits] else torch.float32

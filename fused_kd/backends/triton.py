@@ -4,6 +4,7 @@ A row is read in sections of a fixed number of columns, one program each, so tha
 sections begin depends on the vocabulary alone, and so a row's bits do not depend on the other rows.
 """
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd.backends.rows import STATS, LogitRows, RowOptions, check_targets, lacks_rest
+from fused_kd.backends.rows import REST, STATS, LogitRows, RowOptions, check_targets
 from fused_kd.divergences import Divergence, LogitMSE, ReverseKL, with_parameters
 from fused_kd.families import AlphaBetaFamily, Linear, Mixture, Variation, kernel_numbers
 from fused_kd.native import leading_layout
@@ -28,6 +29,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIMS = 3
 # Columns are counted in int32, and the last tile of a row may reach past it.
 _MAX_COLUMNS = 2**31 - 2**16
+_NO_COLUMN = 2**31 - 1
 # tau = power / root: exp(s) is a power of what exp(s / tau) is a power of. For other temperatures it is computed.
 _POWERS = {1.0: (1, 1), 1.5: (2, 3), 2.0: (1, 2), 3.0: (1, 3), 4.0: (1, 4)}
 
@@ -62,7 +64,7 @@ class Switches(NamedTuple):
     exact: bool
     root: int
     power: int
-    family: str = ""  # of divergences; "" for forward KL and cross entropy
+    family: str = ""  # of divergences; "" for forward KL and cross entropy, "rest" for REST
     second: bool = False  # it needs a second sweep
     careful: bool = False  # its parameters are so far apart that its expressions lose digits
     ptx: bool = False  # the GPU takes NVIDIA's instructions
@@ -131,7 +133,7 @@ def refuses(student: Tensor, teacher: Tensor, divergence: str) -> str | None:
             return f"{name} has more than {_MAX_DIMS} separately strided dimensions; the torch backend takes it"
         if logits.shape[-1] > _MAX_COLUMNS:
             return f"{name} has more than {_MAX_COLUMNS} columns; the torch backend takes it"
-    return lacks_rest(divergence)
+    return None
 
 
 @functools.cache
@@ -164,18 +166,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 def rows_forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
     check_targets(rows)
-    student, teacher, targets, options = rows
+    student, _, targets, options = rows
     number, columns = rows.number, rows.columns
     shapes = ((number,), (number,), (number, STATS))
     soft, hard, stats = (student.new_empty(shape, dtype=torch.float32) for shape in shapes)
     if number == 0:
         return soft, hard, stats
-    launch = _launch(columns, student, teacher)
+    launch = _launch(columns, student, _teacher_logits(rows))
     sections, kernels = -(-columns // launch.section), _kernels()
     switches = _switches(options, student)
     parts = student.new_empty((number, sections, kernels.PARTS.value) if sections > 1 else 0, dtype=torch.float32)
     arguments = (
-        _rows(student), _rows(teacher), _numbers(targets), soft, hard, stats, parts, columns, sections,
+        _rows(student), _teacher(rows), _numbers(targets), soft, hard, stats, parts, columns, sections,
         _scalars(options, columns), switches,
     )  # fmt: skip
     with _on(student.device):
@@ -189,10 +191,11 @@ def rows_forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rows_backward(rows: LogitRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
-    student, teacher, targets, options = rows
+    student, _, targets, options = rows
     number, columns = rows.number, rows.columns
     if number == 0:
         return
+    teacher = _teacher_logits(rows)
     launch = _launch(columns, student, teacher, out)._replace(shifted=False)  # it aligns its columns itself
     sections = -(-columns // launch.section)
     switches = _switches(options, student)._replace(entropy=False)  # of the teacher: no matter to the student
@@ -216,7 +219,7 @@ def rows_backward(rows: LogitRows, stats: Tensor, grad_soft: Tensor, grad_hard: 
 
 
 def rows_fused(rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    student, teacher, targets, options = rows
+    student, _, targets, options = rows
     number, columns = rows.number, rows.columns
     # One program has a row here: too few of them leave the device idle, and the others' bits are the same.
     if number < _multiprocessors(student.device):
@@ -225,12 +228,12 @@ def rows_fused(rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tenso
         return soft, hard
     check_targets(rows)
     soft, hard = (student.new_empty(number, dtype=torch.float32) for _ in range(2))
-    launch = _launch(columns, student, teacher, out)
+    launch = _launch(columns, student, _teacher_logits(rows), out)
     sections = -(-columns // launch.section)
     with _on(student.device):
         _kernels().fused[(number,)](
             _rows(student),
-            _rows(teacher),
+            _teacher(rows),
             _numbers(targets),
             soft,
             hard,
@@ -247,6 +250,20 @@ def rows_fused(rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tenso
             **launch.options,
         )
     return soft, hard
+
+
+def _teacher_logits(rows: LogitRows) -> Tensor:
+    """The student's own for REST, whose ids are no logits; nothing but the sums over the other columns reads them."""
+    return rows.student if rows.options.divergence == REST else rows.teacher
+
+
+def _teacher(rows: LogitRows) -> Rows:
+    if rows.options.divergence != REST or not rows.options.soft:
+        return _rows(_teacher_logits(rows))
+    # A row's ids in ascending order, and one behind them that no column reaches.
+    ids = rows.teacher.reshape(-1, rows.teacher.shape[-1]).clamp(-1, _NO_COLUMN).to(torch.int32)
+    ids = torch.nn.functional.pad(ids, (0, 1), value=_NO_COLUMN).sort(-1).values
+    return Rows(ids, (ids.shape[1],))
 
 
 def _temperatures(options: RowOptions) -> tuple[float, float]:
@@ -293,6 +310,9 @@ class _Family(NamedTuple):
 
 
 def _family(options: RowOptions) -> _Family:
+    if options.soft and options.divergence == REST:
+        k = math.log2(math.e) / options.temperature
+        return _Family("rest", soft=False, second=True, numbers=(k - ctypes.c_float(k).value,))
     return family_of(with_parameters(options.divergence, options.parameters)) if options.soft else _Family()
 
 

@@ -27,6 +27,10 @@ GRID = tl.constexpr(49152.0)
 SMALL = tl.constexpr(0.18)
 # Below this |log(q / p)| the mean of p and q is their logarithmic mean to 3e-5, a tenth of what float16 rounds.
 SMALL_16 = tl.constexpr(0.02)
+# 1.5 * 2^23: added, it rounds to an integer, kept in the low bits.
+INTEGER = tl.constexpr(12582912.0)
+# An exponential below 2^this is 0.
+FLUSH = tl.constexpr(-126.0)
 
 
 @triton.jit
@@ -138,3 +142,20 @@ def unlagged(lag):
     """2^-lag."""
     x = lag * -LN2
     return tl.fma(x, tl.fma(x, 0.5, 1.0), 1.0)
+
+
+@triton.jit
+def fine_exponential(s, point, scalars):
+    """exp((s - point) / tau), up to 2^60, as a power of 2 and less than half of that: each to 1e-8 of their sum and
+    without a bias, so that their sum over a vocabulary is right to 1e-8. 1 / tau log2(e) is k + family[0]."""
+    down = s - point
+    integer = tl.cast(INTEGER, tl.float32)
+    shifted = tl.fma(down, scalars.k, integer)
+    f = tl.fma(down, scalars.family[0], tl.fma(down, scalars.k, integer - shifted))
+    # Least relative error of (2^f - 1) / f, where the first coefficient is ln 2 to 50 bits.
+    p = tl.fma(f, tl.fma(f, 1.5096914e-5, 1.5455946e-4), 1.3334254e-3)
+    p = tl.fma(f, tl.fma(f, tl.fma(f, p, 9.6180784e-3), 5.5504102e-2), 0.24022651)
+    p = tl.fma(f, p, -1.9046542e-9) + 0.69314718
+    whole = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    none = down * scalars.k < FLUSH
+    return tl.where(none, 0.0, whole), tl.where(none, 0.0, whole * (p * f))

@@ -21,6 +21,7 @@ from fused_kd.backends.triton_exponents import (
     student_exponent,
     teacher_exponent,
 )
+from fused_kd.backends.triton_rest import RestSums, merged_rest, no_rest, rest_slope
 
 # In the place of infinity, where 0 inf is 0.
 LARGE = tl.constexpr(3e38)
@@ -269,13 +270,14 @@ def logit_difference(s, t, scalars):
 
 @triton.jit
 def sums_of(numbers, SWITCHES: tl.constexpr):
-    return Squares(*numbers) if SWITCHES.family == "logit_mse" else Sums(*numbers)
+    REST: tl.constexpr = SWITCHES.family == "rest"
+    return Squares(*numbers) if SWITCHES.family == "logit_mse" else RestSums(*numbers) if REST else Sums(*numbers)
 
 
 @triton.jit
 def no_sums(like, SWITCHES: tl.constexpr):
     zero = like * 0.0
-    return sums_of((zero, zero, zero, zero), SWITCHES)
+    return no_rest(zero) if SWITCHES.family == "rest" else sums_of((zero, zero, zero, zero), SWITCHES)
 
 
 @triton.jit
@@ -312,9 +314,11 @@ def more_squares(a, b):
 
 
 @triton.jit
-def merged_sums(sums, SWITCHES: tl.constexpr):
+def merged_sums(sums, scalars, SWITCHES: tl.constexpr):
     """One of many."""
-    if SWITCHES.family == "logit_mse":
+    if SWITCHES.family == "rest":
+        numbers = merged_rest(sums, scalars)
+    elif SWITCHES.family == "logit_mse":
         count = tl.sum(sums.count, 0)
         mean = tl.sum(sums.mean * (sums.count / tl.maximum(count, 1.0)), 0)
         off = sums.mean - mean
@@ -325,12 +329,12 @@ def merged_sums(sums, SWITCHES: tl.constexpr):
 
 
 @triton.jit
-def joined_sums(a, b, SWITCHES: tl.constexpr):
+def joined_sums(a, b, scalars, SWITCHES: tl.constexpr):
     """One of two."""
     pairs = ()
     for i in tl.static_range(SUMS):
         pairs += (tl.join(a[i], b[i]),)  # type: ignore[assignment]
-    return merged_sums(sums_of(pairs, SWITCHES), SWITCHES)
+    return merged_sums(sums_of(pairs, SWITCHES), scalars, SWITCHES)
 
 
 @triton.jit
@@ -350,7 +354,9 @@ def finished_sums(sums, at, vocabulary, kl, SWITCHES: tl.constexpr):
 @triton.jit
 def slope(s, t, at, growth, top, scalars, SWITCHES: tl.constexpr):
     """The soft term's gradient in a column, times tau, and measured as `growth` and `top` are."""
-    if SWITCHES.family == "logit_mse":
+    if SWITCHES.family == "rest":
+        rise = rest_slope(s, at[0], scalars)
+    elif SWITCHES.family == "logit_mse":
         counts, apart = logit_difference(s, t, scalars)
         rise = tl.where(counts, (apart - growth) * top, 0.0)
     else:

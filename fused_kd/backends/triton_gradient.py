@@ -48,7 +48,10 @@ def gradient_coefficients(stats, target, coef_soft, coef_hard, vocabulary, scala
     point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, growth, top = stats
     by_t, ratio, apart, then = 0.0, 0.0, 0.0, 0.0
     at, by_slope = (), coef_soft * scalars.unit
-    if SWITCHES.family == "reverse_kl":
+    if SWITCHES.family == "rest":
+        at = (point_t,)  # type: ignore[assignment]
+        by_slope = tl.where(student_sum == 0, 0.0, by_slope / student_sum)
+    elif SWITCHES.family == "reverse_kl":
         at = measured(stats, scalars, SWITCHES)
         by_slope = tl.where(top == top, by_slope, float("nan"))  # (`slope` hides NaN.)
     elif SWITCHES.family != "":

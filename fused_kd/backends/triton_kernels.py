@@ -22,6 +22,7 @@ from fused_kd.backends.triton_math import (
     nothing,
 )
 from fused_kd.backends.triton_memory import fill, row_start
+from fused_kd.backends.triton_rest import log_rest
 from fused_kd.backends.triton_sections import row_of, section_gradient, section_part, section_sums
 
 SKIP = tl.constexpr(rows.SKIP)
@@ -43,9 +44,13 @@ def unread_value(target):
 @triton.jit
 def finish_sums(sums, stats, row, kl, scalars, soft, SWITCHES: tl.constexpr):
     """Writes the soft term of a divergence that needs a second sweep; gives the row's stats. `kl`: the first one's."""
-    value, growth, top = finished_sums(sums, measured(stats, scalars, SWITCHES), row.vocabulary, kl, SWITCHES)
+    point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, growth, top = stats
+    if SWITCHES.family == "rest":
+        value = log_rest(sums, scalars)
+        point_t, student_sum, log_ratio, _ = sums
+    else:
+        value, growth, top = finished_sums(sums, measured(stats, scalars, SWITCHES), row.vocabulary, kl, SWITCHES)
     tl.store(soft + row.index, value)
-    point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, _, _ = stats
     return Stats(point_s, point_t, student_sum, teacher_sum, log_ratio, hard_sum, miss, growth, top)
 
 
@@ -210,7 +215,7 @@ def finish_sweep(
         sums = no_sums(kept.point_s, SWITCHES)
         for section in range(sections):
             next_sums = sums_of(load_all(parts + section * SUMS, SUMS), SWITCHES)
-            sums = joined_sums(sums, next_sums, SWITCHES)
+            sums = joined_sums(sums, next_sums, scalars, SWITCHES)
         store_all(at, finish_sums(sums, kept, row, tl.load(soft + index), scalars, soft, SWITCHES))
 
 
@@ -292,7 +297,7 @@ def fused(
             if not WHOLE:
                 for section in range(1, sections):
                     next_sums = section_sums(row, section, stats, scalars, SWITCHES, LAUNCH, KEPT=True)
-                    sums = joined_sums(sums, next_sums, SWITCHES)
+                    sums = joined_sums(sums, next_sums, scalars, SWITCHES)
             stats = finish_sums(sums, stats, row, kl, scalars, soft, SWITCHES)
         coefficients = coefficients_of(stats, index, target, coef_soft, coef_hard, vocabulary, scalars, SWITCHES)
         for i in range(sections):

@@ -23,6 +23,7 @@ from fused_kd.backends.triton_memory import (
     tile_columns,
     tile_of,
 )
+from fused_kd.backends.triton_rest import section_rest
 
 
 class Row(NamedTuple):
@@ -30,7 +31,8 @@ class Row(NamedTuple):
 
     index: tl.tensor
     student: tl.tensor  # where its logits begin
-    teacher: tl.tensor
+    teacher: tl.tensor  # of REST: its ids
+    teacher_stride: tl.tensor  # of REST: how many there are
     target: tl.tensor
     label: tl.tensor  # the column that the hard term counts as right, or -1: none
     vocabulary: tl.tensor  # how many columns both have
@@ -41,7 +43,8 @@ class Row(NamedTuple):
 def row_of(index, target, student, teacher, vocabulary, sections, SWITCHES: tl.constexpr):
     student_row, teacher_row = row_start(student, index), row_start(teacher, index)
     label = tl.where(target >= 0, target, -1).to(tl.int32) if SWITCHES.hard else -1
-    return Row(index, student_row, teacher_row, target, label, vocabulary, sections)
+    stride = teacher.layout[len(teacher.layout) - 1]
+    return Row(index, student_row, teacher_row, stride, target, label, vocabulary, sections)
 
 
 @triton.jit
@@ -144,8 +147,13 @@ def section_part(row, section, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.const
 @triton.jit
 def section_sums(row, section, stats, scalars, SWITCHES: tl.constexpr, LAUNCH: tl.constexpr, KEPT: tl.constexpr):
     """What one section of a row comes to in the second sweep."""
-    at = measured(stats, scalars, SWITCHES)
-    return merged_sums(swept(row, section, at, scalars, SWITCHES, LAUNCH, KEPT, SECOND=True), SWITCHES)
+    if SWITCHES.family == "rest":
+        sums = section_rest(row, section, scalars, LAUNCH, KEPT)
+    else:
+        at = measured(stats, scalars, SWITCHES)
+        sums = swept(row, section, at, scalars, SWITCHES, LAUNCH, KEPT, SECOND=True)
+        sums = merged_sums(sums, scalars, SWITCHES)
+    return sums
 
 
 @triton.jit
@@ -156,7 +164,7 @@ def tile_gradient(
     """The gradient of the vectors from `start` on. `both`: the readers."""
     FINE: tl.constexpr = both[0][0].dtype.element_ty == tl.float32
     s = loaded(both[0], start, begin, end, VECTOR, EDGE, False)
-    BOTH: tl.constexpr = SWITCHES.soft or SWITCHES.family != ""
+    BOTH: tl.constexpr = SWITCHES.soft or (SWITCHES.family != "" and SWITCHES.family != "rest")
     t = loaded(both[1], start, begin, end, VECTOR, EDGE, False) if BOTH else s
     return gradient(s, t, start + within, label, coefficients, scalars, SWITCHES, FINE, EDGE)
 
