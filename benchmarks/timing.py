@@ -51,7 +51,7 @@ def before_round(device: str) -> Callable[[], None]:
 
 def rounds(elements: int) -> int:
     """How many, for logits of this many elements, or for products of this many multiplications."""
-    return 7 if elements > 10**10 else 25 if elements > 10**7 else 200
+    return 5 if elements > 10**10 else 25 if elements > 10**7 else 200
 
 
 def measure(function: Callable[[], object], device: str, count: int, warmup: int = WARMUP) -> Times:
