@@ -9,7 +9,7 @@ from fused_kd import capped, ops
 from fused_kd.backends.rows import RowOptions
 from fused_kd.checks import lazy, plain
 from fused_kd.gradient_memory import empty_gradient
-from fused_kd.positions import Coefficient
+from fused_kd.positions import Coefficient, as_vector
 from fused_kd.teachers import LOGITS, Teacher
 
 
@@ -149,7 +149,7 @@ def _gradients(
     of_loss: Coefficient = grad  # of each row's loss; or of their sum, and then a number where nobody waits for it
     if eager and grad.dim() == 0 and grad.device.type == "cpu":
         of_loss = float(grad)
-    grad_soft, grad_hard = _vector(of_loss * coef_soft, soft), _vector(of_loss * coef_hard, soft)
+    grad_soft, grad_hard = as_vector(of_loss * coef_soft, soft), as_vector(of_loss * coef_hard, soft)
     of_coefficients = (of_loss * soft if wanted[0] else None, of_loss * hard if wanted[1] else None)
     vectors = (stats, grad_soft, grad_hard)
     if eager:
@@ -169,12 +169,6 @@ def _gradients(
         gradient = operator(student, teacher, targets, *vectors, kind, *options, symbolic)
     # (The operator tells autograd of the write.)
     return student.detach() if inplace else gradient, *of_coefficients
-
-
-def _vector(value: Coefficient, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.expand(like.shape).to(like.dtype)  # PyTorch's zeros without memory are float64 once multiplied
-    return like.new_full(like.shape, value)
 
 
 class _Gradients(torch.autograd.Function):

@@ -19,7 +19,7 @@ from fused_kd.functional import KDLossOutput, reduced, row_options
 from fused_kd.linear_op import linear_loss
 from fused_kd.linear_rows import Head, product_dtype
 from fused_kd.options import KDOptions
-from fused_kd.positions import counted
+from fused_kd.positions import as_vector, counted
 from fused_kd.real_numbers import described
 from fused_kd.teachers import LOGITS, TeacherLogits, backend_name, row_dtypes, teacher_of, tensors_of
 
@@ -136,7 +136,7 @@ def compute_linear(
         given = given[: len(given) - len(heads)]
     else:
         heads = []
-    summed = options.reduction != "none"
+    summed, row = options.reduction != "none", torch.empty_like(counts.targets, dtype=dtype)
     results: tuple[Tensor, ...] = linear_loss(
         *student[:3],
         [*given, *(head.hidden.detach() for head in heads)],
@@ -144,8 +144,8 @@ def compute_linear(
         [None if head.bias is None else head.bias.detach() for head in heads],
         teacher.kind,
         counts.targets,
-        _vector(counts.coef_soft, counts.targets, dtype),
-        _vector(counts.coef_hard, counts.targets, dtype),
+        as_vector(counts.coef_soft, row),
+        as_vector(counts.coef_hard, row),
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student[:3]],
         linear.recompute or not summed,
         summed,
@@ -167,12 +167,6 @@ def compute_linear(
         reduced((hard * counts.of_hard).detach(), positions) if rows.hard else None,
         *(reduced((entropy * counts.of_soft).detach(), positions) for entropy in of_both),
     )
-
-
-def _vector(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.expand(like.shape).to(dtype)
-    return torch.full(like.shape, value, dtype=dtype, device=like.device)
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:

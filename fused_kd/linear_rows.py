@@ -40,8 +40,7 @@ class Head(NamedTuple):
 
     @property
     def logits_dtype(self) -> torch.dtype:
-        widens = self.dtype.itemsize == 2 and self.hidden.device.type == "cuda" and torch.version.hip is None
-        return torch.float32 if widens else self.dtype
+        return torch.float32 if self.dtype.itemsize == 2 and _widens(self.hidden.device) else self.dtype
 
     def logits_like(self) -> Tensor:
         """The logits' shape, dtype and device, with the memory of one row."""
@@ -116,7 +115,7 @@ def linear_rows(
     soft, hard, *of_both = (targets.new_zeros(targets.shape, dtype=dtype) for _ in range(4 if entropies else 2))
     scale = None
     if student.dtype == torch.float16 and any(wanted) and len(targets) > 0:
-        # A mean's gradients would be lost in float16: those of rows with coefficients about 1 are not.
+        # A mean's gradients would be lost in float16: those of rows with coefficients of about 1 are not.
         largest = torch.maximum(coef_soft.abs().amax(), coef_hard.abs().amax())
         scale = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
         coef_soft, coef_hard = coef_soft * scale, coef_hard * scale
@@ -227,12 +226,17 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
     """out = a b, or out += a b, with the dtype of out, rounded once where the device can."""
     if out.dtype == a.dtype:
         return out.addmm_(a, b, beta=int(add))
-    if a.device.type == "cuda":
+    if _widens(a.device):
         return torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
     for some, of_a in zip(torch.split(out, _block(out)), torch.split(a, _block(out)), strict=True):
         product = of_a @ b
         some.add_(product) if add else some.copy_(product)
     return out
+
+
+def _widens(device: torch.device) -> bool:
+    """Whether products of 16 bits can have a float32 result there."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def _block(x: Tensor) -> int:

@@ -17,6 +17,13 @@ from fused_kd.options import KDOptions, Reduction
 Coefficient = float | Tensor
 
 
+def as_vector(value: Coefficient, like: Tensor) -> Tensor:
+    """One number for each of the rows of which `like` has one."""
+    if isinstance(value, Tensor):
+        return value.expand(like.shape).to(like.dtype)  # PyTorch's zeros without memory are float64 once multiplied
+    return torch.full_like(like, value)
+
+
 class Counted(NamedTuple):
     """Rows are the positions in row-major order."""
 
