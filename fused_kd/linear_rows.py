@@ -227,7 +227,9 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
     if out.dtype == a.dtype:
         return out.addmm_(a, b, beta=int(add))
     if _widens(a.device):
-        return torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
+        if add:
+            return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
     for some, of_a in zip(torch.split(out, _block(out)), torch.split(a, _block(out)), strict=True):
         product = of_a @ b
         some.add_(product) if add else some.copy_(product)
