@@ -10,6 +10,7 @@ from fused_kd.backends.rows import RowOptions
 from fused_kd.checks import lazy, plain
 from fused_kd.gradient_memory import empty_gradient
 from fused_kd.positions import Coefficient, as_vector
+from fused_kd.saving import save, saved
 from fused_kd.teachers import LOGITS, Teacher
 
 
@@ -50,20 +51,15 @@ class FusedKDFunction(torch.autograd.Function):
         ctx.eager = False
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        # An inference tensor cannot be saved, and need not be: nothing that autograd sees writes to it.
-        tensors = (*inputs[:5], *output[1:], *inputs[9:])
-        traced = torch.compiler.is_compiling()
-        saved = [x if isinstance(x, Tensor) and (traced or not x.is_inference()) else None for x in tensors]
-        ctx.others = [x if y is None else None for x, y in zip(tensors, saved, strict=True)]
-        ctx.save_for_backward(*saved)
+        save(ctx, *inputs[:5], *output[1:], *inputs[9:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved = [x if x is not None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        tensors = saved(ctx)
         switches = (ctx.kind, ctx.options, ctx.inplace, ctx.needs_input_grad[2:4], ctx.eager)
-        arguments = (*saved[:8], grad, *switches, *saved[8:])
+        arguments = (*tensors[:8], grad, *switches, *tensors[8:])
         if not torch.is_grad_enabled():
             gradient, of_soft, of_hard = _gradients(*arguments)
         elif ctx.inplace:

@@ -13,11 +13,11 @@ _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def plain(*values: object) -> bool:
     """Whether nothing but autograd sees what is done with these: nothing that compiles, traces or transforms it, no
-    mode and no subclass."""
+    mode and no subclass but that of parameters."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
-        and all(type(value) is Tensor for value in values if isinstance(value, Tensor))
+        and all(type(value) in (Tensor, torch.nn.Parameter) for value in values if isinstance(value, Tensor))
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
@@ -231,8 +231,7 @@ def check_no_overlap(student: Tensor) -> None:
 def _check_shape(name: str, values: Tensor, student: Tensor) -> None:
     if values.shape != student.shape[:-1]:
         raise ValueError(
-            f"{name} must have the logits' leading shape {tuple(student.shape[:-1])}, got {tuple(values.shape)} "
-            f"for student_logits {tuple(student.shape)}"
+            f"{name} must have the student's leading shape {tuple(student.shape[:-1])}, got {tuple(values.shape)}"
         )
     if values.device != student.device:
-        raise ValueError(f"{name} must be on the logits' device {student.device}, got {values.device}")
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {values.device}")

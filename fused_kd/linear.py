@@ -1,5 +1,6 @@
 """The loss as a function of hidden states and heads, whose logits are never held as a whole."""
 
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -18,7 +19,7 @@ from fused_kd.divergences import divergence_of
 from fused_kd.functional import KDLossOutput, reduced, row_options
 from fused_kd.linear_op import linear_loss
 from fused_kd.linear_rows import Head, product_dtype
-from fused_kd.options import KDOptions
+from fused_kd.options import KDOptions, options_of
 from fused_kd.positions import as_vector, counted
 from fused_kd.real_numbers import described
 from fused_kd.teachers import LOGITS, TeacherLogits, backend_name, row_dtypes, teacher_of, tensors_of
@@ -89,7 +90,7 @@ def fused_linear_kd_loss(
         weights,
         teacher_weights,
         LinearOptions(chunk_rows, recompute),
-        KDOptions(temperature, **options),
+        options_of(temperature, options),
     )
 
 
@@ -115,9 +116,10 @@ def compute_linear(
     if teacher_logits is None:
         name = "teacher_hidden @ teacher_weight.T"
         of_heads = [head.logits_like() for head in heads]
-        teacher_logits = of_heads if len(of_heads) > 1 else of_heads[0]
+        teacher_logits = of_heads if isinstance(given_teacher[0], (list, tuple)) else of_heads[0]
     check_leading("student_hidden", student.hidden, options)
     tensors = (*student[:3], *(x for head in heads for x in head[:3]), *tensors_of(teacher_logits))
+    _check_transforms(student)
     eager = plain(*tensors, labels, num_items, weights, teacher_weights)
     readable = eager and like.device.type == "cpu"
     teacher = teacher_of(like, teacher_logits, teacher_weights, options, readable, name)
@@ -150,7 +152,7 @@ def compute_linear(
         linear.recompute or not summed,
         summed,
         options.entropies,
-        linear.chunk_rows,
+        None if linear.chunk_rows is None else int(linear.chunk_rows),
         _autocast(like.device),
         *rows,
         symbolic,
@@ -169,13 +171,28 @@ def compute_linear(
     )
 
 
+def _check_transforms(student: Head) -> None:
+    """Gradients are computed in the forward: nobody else's derivative would see them."""
+    if torch.compiler.is_compiling():
+        return
+    dual = torch.autograd.forward_ad._current_level >= 0 and any(
+        x is not None and torch._VF._unpack_dual(x, level=0)[1] is not None for x in student[:3]
+    )
+    if dual or torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "the loss from hidden states has no forward-mode derivative and no transform of torch.func; use "
+            "fused_kd_loss on the logits there"
+        )
+
+
 def _autocast(device: torch.device) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else None
 
 
 def check_linear(linear: LinearOptions, options: KDOptions) -> None:
     rows = linear.chunk_rows
-    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, numbers.Integral) or rows < 1):
         raise ValueError(f"chunk_rows must be None or an int of at least 1, got {rows!r}")
     if not isinstance(linear.recompute, bool):
         raise TypeError(f"recompute must be True or False, got {described(linear.recompute)}")
@@ -194,8 +211,9 @@ def _head(name: str, hidden: object, weight: object, bias: object, index: str = 
     operands = {f"{name}_weight{index}": weight}
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         sharded = (
-            "; an empty or flat weight is one that ZeRO-3 or FSDP has sharded: gather it around the call "
-            "(deepspeed.zero.GatheredParameters, FullyShardedDataParallel.summon_full_params)"
+            "; an empty or flat weight is one that ZeRO-3 or FSDP has sharded, and it has to be whole in the forward "
+            "and in the backward: call the loss in the forward of the module that FSDP wraps, or within "
+            "deepspeed.zero.GatheredParameters"
         )
         raise ValueError(
             f"{name}_weight{index} must have the shape [V, {hidden.shape[-1]}], as {name}_hidden{index} "
@@ -221,7 +239,8 @@ def _head(name: str, hidden: object, weight: object, bias: object, index: str = 
 
 def _operand(name: str, values: object) -> Tensor:
     if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+        instead = "; a layer has .weight and .bias" if isinstance(values, torch.nn.Module) else ""
+        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}{instead}")
     if hasattr(values, "full_tensor"):
         raise TypeError(
             f"{name} must be a whole tensor, got a DTensor; pass {name}.full_tensor(), with grad_placements where its "

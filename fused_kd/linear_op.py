@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from fused_kd import teachers
 from fused_kd.backends.rows import RowOptions
+from fused_kd.checks import plain
 from fused_kd.linear_rows import Head, Heads, linear_rows, product_dtype
 from fused_kd.operands import check_vectors, with_options
 from fused_kd.ops import no_second_derivative, operator
+from fused_kd.saving import save, saved
 
 _BLOCK = 1 << 24  # elements of a gradient that are rounded at a time
 
@@ -100,10 +103,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.dtypes = [None if x is None else x.dtype for x in student]
     ctx.lengths = [len(teacher), len(weights), len(biases)]
-    ctx.others = kind, chunk_rows, dtype, options
+    ctx.call = kind, chunk_rows, dtype, options
     lists = (*teacher, *weights, *biases)
     again = (*student, targets, coef_soft, coef_hard, symbolic, *lists) if ctx.recompute else ()
-    ctx.save_for_backward(*output[1:3], *output[_GRADIENTS], *again)
+    save(ctx, *output[1:3], *output[_GRADIENTS], *again)
 
 
 def _gradient(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
@@ -113,9 +116,9 @@ def _gradient(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[An
     results: list[Any] = [[None] * len(x) if isinstance(x, list) else None for x in ctx.needs_input_grad]
     if grad is not None:
         needed = [bool(x) for x in ctx.needs_input_grad[:3]]
-        soft, hard, *gradients = ctx.saved_tensors[:5]
+        soft, hard, *gradients = saved(ctx)
         if ctx.recompute:
-            gradients = _computed(ctx, grad, ctx.saved_tensors[5:], needed)
+            gradients = _computed(ctx, grad, gradients[3:], needed)
         for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
             if needed[i]:
                 results[i] = _rounded(gradient, dtype, None if ctx.recompute else grad)
@@ -125,13 +128,13 @@ def _gradient(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[An
     return tuple(results)
 
 
-def _computed(ctx: Any, grad: Tensor, saved: tuple[Any, ...], wanted: list[bool]) -> list[Tensor]:
-    *student, targets, coef_soft, coef_hard, symbolic = saved[:7]
-    lists, rest = [], list(saved[7:])
+def _computed(ctx: Any, grad: Tensor, inputs: list[Any], wanted: list[bool]) -> list[Tensor]:
+    *student, targets, coef_soft, coef_hard, symbolic = inputs[:7]
+    lists, rest = [], inputs[7:]
     for length in ctx.lengths:
         lists.append(rest[:length])
         del rest[:length]
-    kind, chunk_rows, dtype, options = ctx.others
+    kind, chunk_rows, dtype, options = ctx.call
     switches = (wanted, False, True, False, chunk_rows, dtype)
     coefs = (coef_soft * grad, coef_hard * grad)
     return list(linear_loss(*student, *lists, kind, targets, *coefs, *switches, *options, symbolic)[_GRADIENTS])
@@ -139,12 +142,11 @@ def _computed(ctx: Any, grad: Tensor, saved: tuple[Any, ...], wanted: list[bool]
 
 def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor | None) -> Tensor:
     """`by` times the gradient, which is ours where that is None."""
-    traced = torch.compiler.is_compiling()
-    if gradient.dtype == dtype and by is not None:
+    plainly = plain(gradient, by) and not (torch.is_grad_enabled() or (by is not None and is_legacy_batchedtensor(by)))
+    if gradient.dtype == dtype or not plainly:
         # Where the graph is not kept nobody will ask for it again, and it need not be there twice.
-        ours = not (traced or torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
-        return gradient.detach().mul_(by) if ours else gradient * by
-    if gradient.dtype == dtype or traced:
+        if plainly and by is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+            return gradient.detach().mul_(by)
         return (gradient if by is None else gradient * by).to(dtype)
     out = torch.empty_like(gradient, dtype=dtype)
     step = max(1, _BLOCK // max(1, math.prod(gradient.shape[1:])))

@@ -108,7 +108,8 @@ def linear_rows(
     """The gradients are those of sum(coef_soft * soft + coef_hard * hard) that are `wanted`, in their order, float32 at
     least. chunk_rows None takes what CHUNK_BYTES allow. Raises IndexError or ValueError for rows, as the verbs do."""
     like, logits = student.logits_like(), teacher.as_teacher()
-    options = options._replace(backend=teachers.backend_name(options.backend, like, logits, options.divergence))
+    if not options.caps:  # capped logits have another dtype
+        options = options._replace(backend=teachers.backend_name(options.backend, like, logits, options.divergence))
     teachers.check_rows(like, logits, targets, options)
     columns = teachers.common_columns(like, logits)
     dtype, *_ = teachers.row_dtypes(logits.kind, like, logits.tensors)
@@ -130,6 +131,8 @@ def linear_rows(
     gradients = _Sums(student, head, wanted, spans, len(targets))
     for rows in spans:
         x, target = _taken(student.hidden, rows).to(head.dtype), targets[rows]
+        if wanted[1] and isinstance(rows, slice):  # 0 times what an ignored row holds would be NaN in dW, if that is
+            x = x.masked_fill((target == SKIP).unsqueeze(1), 0)
         places = [place[: len(target)] for place in space]
         s = head.project(x, places[0])
         projected = (

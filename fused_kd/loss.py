@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_kd.divergences import Divergence, DivergenceName
 from fused_kd.functional import KDLossOutput, compute
 from fused_kd.linear import LinearOptions, OneOrMore, check_linear, compute_linear
-from fused_kd.options import OPTIONS, Ensemble, KDOptions, Reduction, VocabMismatch
+from fused_kd.options import OPTIONS, Ensemble, KDOptions, Reduction, VocabMismatch, options_of
 from fused_kd.teachers import TeacherLogits
 
 if TYPE_CHECKING:
@@ -31,9 +31,14 @@ class _Loss(torch.nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """`loss_fn.temperature = 3.0`: checked as at construction, and what the next call takes."""
         if name in OPTIONS:
-            self.options = replace(self._options_for(name), **{name: value})
+            options = replace(self._options_for(name), **{name: value})
+            self._check(options)
+            self.options = options
         else:
             super().__setattr__(name, value)
+
+    def _check(self, options: KDOptions) -> None:
+        """Raises for options that this loss does not have."""
 
     def _options_for(self, name: str) -> KDOptions:
         options = self.__dict__.get("options")
@@ -140,9 +145,23 @@ class FusedLinearKDLoss(_Loss):
         **options: "Unpack[LossOptions]",
     ) -> None:
         super().__init__()
-        self.options = KDOptions(temperature, **options)
+        self.options = options_of(temperature, options)
         self.linear = LinearOptions(chunk_rows, recompute)
         check_linear(self.linear, self.options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["linear"], name) if name in LinearOptions._fields else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in LinearOptions._fields:
+            linear = self.linear._replace(**{name: value})
+            check_linear(linear, self.options)
+            self.linear = linear
+        else:
+            super().__setattr__(name, value)
+
+    def _check(self, options: KDOptions) -> None:
+        check_linear(self.linear, options)
 
     def forward(
         self,

@@ -144,6 +144,14 @@ class LossOptions(TypedDict, total=False):
     backend: str
 
 
+def options_of(temperature: float, others: Any) -> KDOptions:
+    """Of the LossOptions. Raises TypeError for a name that is none."""
+    unknown = sorted(set(others) - OPTIONS)
+    if unknown:
+        raise TypeError(f"there is no option {unknown[0]!r}; the options are {', '.join(sorted(OPTIONS))}")
+    return KDOptions(temperature, **others)
+
+
 OPTIONS = frozenset(KDOptions.__dataclass_fields__)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import GPU_BACKENDS, check, make_logits
 
-from fused_kd import FusedKDLoss, KDLossOutput, fused_kd_loss
+from fused_kd import FusedKDLoss, KDLossOutput, fused_kd_loss, fused_linear_kd_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,6 +46,31 @@ def peak(function: Any) -> int:
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "options", [{}, {"divergence": "jsd"}, {"recompute": True}, {"student_softcap": 20.0}], ids=str
+)
+def test_from_hidden_states(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Products with a float32 result, gradients of 16 bits beside the logits, several chunks, ignored rows."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight, taught, head = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in [(ROWS, 64), (COLUMNS, 64)] * 2
+    )
+    labels = torch.arange(ROWS) * 7
+    labels[3] = -100
+    results = []
+    for kind in (torch.float64, dtype):
+        leaves = [x.to(kind).requires_grad_() for x in (hidden, weight)]
+        given: dict[str, Any] = {**options, "backend": "torch" if kind == torch.float64 else name, "chunk_rows": 100}
+        loss = fused_linear_kd_loss(*leaves, taught.to(kind), head.to(kind), labels, **given)
+        assert not isinstance(loss, KDLossOutput)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    # Of the products' rounding: PyTorch's float32 products on a GPU may take TF32.
+    bound = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for exact, ours in zip(*results, strict=True):
+        assert (ours.double() - exact).norm() <= bound * exact.norm()
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -15,6 +15,7 @@ from fused_kd import (
     SparseTeacher,
     fused_kd_loss,
     fused_linear_kd_loss,
+    linear_rows,
 )
 from fused_kd.divergences import Divergence
 from fused_kd.options import KDOptions, LossOptions
@@ -212,6 +213,30 @@ def test_a_sparse_teacher(missing: Any, ignored: float) -> None:
     compare(x, labels, linear={"chunk_rows": 4}, teacher_logits=teacher)
 
 
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"entropies": True, "return_parts": True, "alpha": 0.5}], ids=str)
+@pytest.mark.parametrize("number", [1, 2])
+def test_several_capped_teachers(number: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    x, other = operands(dtype, biases=False), operands(dtype, seed=1, biases=False)
+    labels = make_labels(*SHAPE, vocabulary=COLUMNS)
+    teachers: dict[str, Any] = {k: [x[k], other[k]][:number] for k in ("teacher_hidden", "teacher_weight")}
+    logits = [projected(each, "teacher") for each in (x, other)][:number]
+    options = {**options, "student_softcap": 5.0, "teacher_logit_scale": 0.5, "teacher_weights": [1.0, 2.0][:number]}
+    expected = fused_kd_loss(projected(x, "student"), logits, labels, **options)
+    student = {k: v for k, v in x.items() if k.startswith("student")}
+    output = fused_linear_kd_loss(**student, **teachers, labels=labels, chunk_rows=5, **options)
+    exact = dtype == DOUBLE
+    for a, b in zip(*((x if isinstance(x, KDLossOutput) else (x,)) for x in (expected, output)), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10 if exact else 1e-2, atol=0)
+
+
+def test_parameters_are_checked_as_tensors_are() -> None:
+    x = operands()
+    x["student_weight"] = torch.nn.Parameter(x["student_weight"])
+    with pytest.raises(ValueError, match="weights must be finite"):
+        fused_linear_kd_loss(**x, labels=make_labels(*SHAPE, vocabulary=COLUMNS), weights=torch.full(SHAPE, -1.0))
+
+
 def test_given_logits() -> None:
     x = operands()
     logits = projected(x, "teacher").float()
@@ -338,12 +363,69 @@ def test_backward_more_than_once(dtype: torch.dtype, recompute: bool) -> None:
         gradients(loss, x)
 
 
-def test_no_second_derivative() -> None:
-    x = tracked(operands())
-    loss = loss_of(fused_linear_kd_loss(**x, labels=make_labels(*SHAPE, vocabulary=COLUMNS)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_second_derivative(dtype: torch.dtype, recompute: bool) -> None:
+    x = tracked(operands(dtype))
+    loss = loss_of(fused_linear_kd_loss(**x, labels=make_labels(*SHAPE, vocabulary=COLUMNS), recompute=recompute))
     first = gradients(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradients(first[0].sum(), x)
+
+
+def test_no_other_derivative() -> None:
+    x = operands()
+    hidden, rest = x.pop("student_hidden"), {**x, "labels": make_labels(*SHAPE, vocabulary=COLUMNS)}
+
+    def loss(h: Tensor) -> Tensor:
+        return loss_of(fused_linear_kd_loss(h, **rest))
+
+    with pytest.raises(NotImplementedError, match="use fused_kd_loss on the logits"):
+        torch.func.jvp(loss, (hidden,), (hidden,))
+    with pytest.raises(NotImplementedError, match="use fused_kd_loss on the logits"):
+        torch.func.grad(loss)(hidden)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use fused_kd_loss"):
+        loss(torch.autograd.forward_ad.make_dual(hidden, hidden))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_batched_upstream_gradients(keep: bool) -> None:
+    x = tracked(operands(torch.float32))
+    labels = make_labels(*SHAPE, vocabulary=COLUMNS)
+    upstream = torch.tensor([1.0, -2.0])
+    first = gradients(loss_of(fused_linear_kd_loss(**x, labels=labels)), x)
+    loss = loss_of(fused_linear_kd_loss(**x, labels=labels))
+    batched = gradients(loss, x, upstream, is_grads_batched=True, retain_graph=keep)
+    for a, b in zip(first, batched, strict=True):
+        torch.testing.assert_close(b, torch.stack([a, -2 * a]))
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}], ids=str)
+def test_a_teacher_of_inference_mode(options: dict[str, Any]) -> None:
+    x = tracked(operands())
+    labels = make_labels(*SHAPE, vocabulary=COLUMNS)
+    expected = gradients(loss_of(fused_linear_kd_loss(**x, labels=labels, **options)).sum(), x)
+    with torch.inference_mode():
+        x |= {k: v.clone() for k, v in x.items() if k.startswith("teacher")}
+    for a, b in zip(
+        expected, gradients(loss_of(fused_linear_kd_loss(**x, labels=labels, **options)).sum(), x), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_ignored_rows_where_finding_them_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they are projected, and have no part whatever they hold."""
+    monkeypatch.setattr(
+        linear_rows, "_spans", lambda targets, size: [slice(i, i + 3) for i in range(0, len(targets), 3)]
+    )
+    labels = make_labels(*SHAPE, vocabulary=COLUMNS, ignored=0.5)
+    expected, x = tracked(operands()), tracked(operands())
+    with torch.no_grad():
+        x["student_hidden"][labels == -100] = torch.nan
+    losses = [loss_of(fused_linear_kd_loss(**each, labels=labels)) for each in (expected, x)]
+    assert torch.equal(*losses)
+    for a, b in zip(gradients(losses[0], expected), gradients(losses[1], x), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_gradient_of_weights() -> None:
@@ -383,7 +465,8 @@ def test_autocast(inside: torch.dtype) -> None:
     x["teacher_hidden"] = x["teacher_hidden"].to(inside)
     labels = make_labels(4, 40, vocabulary=COLUMNS)
     exact = tracked({k: v.double() for k, v in x.items()})
-    expected = gradients(loss_of(fused_linear_kd_loss(**exact, labels=labels)), exact)
+    loss = loss_of(fused_linear_kd_loss(**exact, labels=labels))
+    expected = [loss.detach(), *gradients(loss, exact)]
     results = []
     for linear in (False, True):
         y = tracked(x)
@@ -392,17 +475,19 @@ def test_autocast(inside: torch.dtype) -> None:
                 loss = loss_of(fused_linear_kd_loss(**y, labels=labels))
             else:
                 loss = loss_of(fused_kd_loss(projected(y, "student"), projected(y, "teacher").detach(), labels))
-        results.append(gradients(loss, y))
+        results.append([loss.detach(), *gradients(loss, y)])
     for a, theirs, ours in zip(expected, *results, strict=True):
         assert ours.dtype == torch.float32
-        assert (ours.double() - a).norm() <= 1.1 * (theirs.double() - a).norm()
+        slack = 2e-3 * a.norm() * (a.dim() == 0)  # one number may be right by chance
+        assert (ours.double() - a).norm() <= 1.1 * (theirs.double() - a).norm() + slack
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}, {"temperature": 3.0}], ids=str)
 def test_compile(options: dict[str, Any]) -> None:
     labels = make_labels(*SHAPE, vocabulary=COLUMNS)
     loss_fn = torch.compile(FusedLinearKDLoss(**options), fullgraph=True)
-    for shape in (SHAPE, (3, 7)):
+    for shape in (SHAPE, (2, 5)):
+        labels = make_labels(*shape, vocabulary=COLUMNS)
         x, y = tracked(operands(torch.float32, shape)), tracked(operands(torch.float32, shape))
         loss = loss_fn(**x, labels=labels).sum() * 2.0
         expected = loss_of(fused_linear_kd_loss(**y, labels=labels, **options)).sum() * 2.0
@@ -436,6 +521,14 @@ def test_the_forms_agree() -> None:
     assert loss_fn(**x, labels=labels) == fused_linear_kd_loss(
         **x, labels=labels, temperature=3.0, alpha=0.5, divergence="jsd"
     )
+    loss_fn.chunk_rows = 2
+    loss_fn.recompute = True
+    assert repr(loss_fn).endswith("chunk_rows=2, recompute=True)")
+    assert (loss_fn.chunk_rows, loss_fn.recompute, loss_fn.alpha) == (2, True, 0.5)
+    for name, value in (("chunk_rows", 0), ("inplace", True), ("alpha", -1.0)):
+        with pytest.raises(ValueError, match=name):
+            setattr(loss_fn, name, value)
+    assert (loss_fn.chunk_rows, loss_fn.inplace, loss_fn.alpha) == (2, False, 0.5)
     loss_fn.temperature = 1.0
     assert loss_fn(**x, labels=labels) == fused_linear_kd_loss(
         **x, labels=labels, temperature=1.0, alpha=0.5, divergence="jsd"
@@ -478,7 +571,8 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"chunk_rows": 0}, ValueError, "chunk_rows must be None or an int of at least 1"),
     ({"chunk_rows": 1.5}, ValueError, "chunk_rows must be None or an int of at least 1"),
     ({"recompute": 1}, TypeError, "recompute must be True or False"),
-    ({"temperatur": 1.0}, TypeError, "temperatur"),
+    ({"temperatur": 1.0}, TypeError, "there is no option 'temperatur'; the options are alpha"),
+    ({"student_weight": torch.nn.Linear(12, 90)}, TypeError, r"got Linear; a layer has .weight"),
     ({"backend": "cpu"}, ValueError, "cannot be used"),
 ]
 
