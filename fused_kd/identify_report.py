@@ -54,8 +54,10 @@ ROUNDS = "It rounds to float32 inside; what is compared is the same code in floa
 class Report:
     """What was found; `str(report)` says it in words.
 
-    `proved`: `answer` has the value and the gradient of the loss on fresh inputs, of other shapes too. Without it,
-    `answer` is None or what comes closest, and `ruled_out` says what does not fit.
+    `proved`: `answer` has the value and the gradient of the loss on fresh inputs, of other shapes too: with finite
+    logits, up to 1009 columns, labels of which some count, and a mask of 0 and 1. What happens beyond is not looked at:
+    a padding label that is a larger class, logits of -inf, a batch in which nothing counts. Without it, `answer` is
+    None or what comes closest, and `ruled_out` says what does not fit.
     """
 
     proved: bool = False

@@ -77,6 +77,9 @@ class Search:
             raise _Unlike("it is NaN or infinite on ordinary logits")
         if not torch.equal(self.loss(data).gradient, reading.gradient):
             raise _Unlike("the same input has another gradient the next time")
+        twice = self.loss(data, torch.full_like(reading.value, 2.0)).gradient
+        if (twice - 2 * reading.gradient).norm() > EQUAL * reading.gradient.norm():
+            raise _Unlike("its backward ignores what it is multiplied by: half of it trains as much as all of it")
         self.view = _view(reading.value.shape, data.positions)
         dimensions: set[int] = set()
         at = tuple(1 if size > 1 else 0 for size in data.student.shape)

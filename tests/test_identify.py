@@ -295,6 +295,31 @@ def test_known(name: str) -> None:
         assert any(words in habit for habit in report.habits), report
 
 
+PRESETS: dict[str, FusedKDLoss] = {
+    "hinton": presets.hinton(0.7, 3.0),
+    "torchtune": presets.torchtune(0.4, "reverse"),
+    "trl_gkd": presets.trl_gkd(0.2, 0.9),
+    "torchdistill": presets.torchdistill(0.5, 4.0),
+    "deit": presets.deit(0.5, 3.0, 1000),
+    "distilbert": presets.distilbert(5.0, 2.0),
+    "modelopt": presets.modelopt(2.0, "batchmean"),
+    "megatron": presets.megatron(2.0, reverse=True),
+    "nemo_automodel": presets.nemo_automodel(0.5, 2.0),
+    "huggingface_docs": presets.huggingface_docs(),
+    "haitongli": presets.haitongli(0.9, 4.0, 100),
+    "distillm": presets.distillm(),
+    "minillm": presets.minillm(),
+    "mdistiller": presets.mdistiller(),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str) -> None:
+    report = identify(PRESETS[name])
+    assert report.proved, report
+    check_options(report, vars(PRESETS[name].options))
+
+
 PASTED = [
     "haitongli", "Hugging Face course", "DistilBERT", "GKD, shifted", "Megatron", "hard temperature",
     "padding in the mean",
@@ -322,6 +347,22 @@ def test_code_to_paste(name: str) -> None:
 
 
 # What no FusedKDLoss is, and what is said of it.
+
+
+class OwnGradient(torch.autograd.Function):
+    """As losses that compute it in the forward: whatever multiplies the loss is forgotten."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.enable_grad():
+            copy = student.detach().requires_grad_()
+            loss = kl(copy, teacher.detach(), 1.0).mean()
+            ctx.save_for_backward(*torch.autograd.grad(loss, copy))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
 
 
 class ScaledValue(torch.autograd.Function):
@@ -407,6 +448,14 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s, t: F.binary_cross_entropy_with_logits(s / 2, torch.sigmoid(t.detach() / 2)),
         "no divergence",
     ),
+    "a backward of its own": (
+        lambda s, t: OwnGradient.apply(s, t) * 1.0,
+        "its backward ignores what it is multiplied by",
+    ),
+    "soft caps": (
+        FusedKDLoss(student_softcap=3.0, teacher_softcap=3.0),
+        "no divergence",
+    ),
     "NaN": (lambda s, t: kl(s, t, 1.0).mean() * torch.nan, "NaN"),
 }
 
@@ -465,9 +514,9 @@ def check_options(report: Report, options: dict[str, Any]) -> None:
     if given.alpha == 0:
         assert found.alpha == 0
         return
-    divergence = divergence_of(found.divergence)
-    assert type(divergence) is type(given.divergence)
-    assert divergence.parameters == pytest.approx(divergence_of(given.divergence).parameters, rel=1e-7)
+    divergence, expected = divergence_of(found.divergence), divergence_of(given.divergence)
+    assert type(divergence) is type(expected)
+    assert divergence.parameters == pytest.approx(expected.parameters, rel=1e-7)
     tau, tau_t = (
         (x.temperature for x in (found, given)),
         (x.teacher_temperature or x.temperature for x in (found, given)),
