@@ -55,8 +55,8 @@ def identify(old_loss: Callable[..., Any], *, arguments: Sequence[str] | None = 
     report = best.found
     if report.proved and best is not searches[0]:
         others = searches[0].found
-        why = others.habits or [text[0].upper() + text[1:] + "." for text in others.ruled_out]
-        report.notes.append(" ".join(["On logits [B, T, V] it is something else.", *why]))
+        report.notes.append(f"On logits [B, T, V] it is something else: {'; '.join(others.ruled_out)}.")
+        report.notes += [habit for habit in others.habits if habit not in report.habits]
     elif report.proved and best.layout != "[N, V]":
         _also_on_rows(best, old_loss, arguments)
     elif not report.proved and len(searches) < len(_LAYOUTS):

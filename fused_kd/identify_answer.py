@@ -23,7 +23,7 @@ class Answer:
     per_vocabulary: int
     labels: bool  # passed
     weights: bool = False  # the mask
-    num_items: bool = False  # the number of all positions
+    num_items: str = ""  # the number of "all" positions, or of the "labelled" ones
     view: str = ""  # of the result, one number a position
 
     def but(self, *, soft_on_ignored: bool | None = None, **changes: Any) -> "Answer":
@@ -45,7 +45,9 @@ class Answer:
         if self.weights:
             given["weights"] = data.mask.double()
         if self.num_items:
-            given["num_items"] = data.labels[..., 1:].numel() if self.options["shift"] else data.labels.numel()
+            counted = data.labels[..., 1:] if self.options["shift"] else data.labels
+            labelled = counted != self.options.get("ignore_index", KDOptions.ignore_index)
+            given["num_items"] = counted.numel() if self.num_items == "all" else int(labelled.sum())
         labels = data.labels if self.labels else None
         loss = self.loss(data.vocabulary, length)(student, data.teacher, labels, **given)
         assert isinstance(loss, Tensor)
@@ -76,7 +78,9 @@ class Answer:
         arguments = ["student_logits", "teacher_logits"] + ["labels"] * self.labels
         arguments += ["weights=mask.float()"] * self.weights
         if self.num_items:
-            arguments.append(f"num_items=labels{'[..., 1:]' if self.options['shift'] else ''}.numel()")
+            counted = ("labels" if self.labels else "mask") + "[..., 1:]" * self.options["shift"]
+            labelled = f"({counted} != {self.options.get('ignore_index', KDOptions.ignore_index)}).sum()"
+            arguments.append(f"num_items={counted + '.numel()' if self.num_items == 'all' else labelled}")
         view = "" if self.view == "[...]" else self.view
         lines.append(f"loss = loss_fn({', '.join(arguments)}){view}")
         return "\n".join(lines) + "\n"

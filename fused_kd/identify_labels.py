@@ -28,7 +28,6 @@ class LabelUse:
 def label_use(loss: Loss, data: Data) -> LabelUse:
     """A cross entropy's gradient at two labels differs in the columns of the two, in one row, and nowhere else; that of
     an ignored label differs from any other's in all of a row."""
-    # (Its neighbours' labels are ordinary ones as far as possible: the gradient is compared, not looked at.)
     at = tuple(1 if size > 2 else 0 for size in data.positions)
     gradients = {}
     for label in [*range(data.vocabulary), *_NOT_CLASSES]:

@@ -66,8 +66,11 @@ def difference(loss: Loss, answer: Answer, inputs: list[Data]) -> float:
     worst = 0.0
     for data in inputs:
         generator = torch.Generator().manual_seed(7)
-        upstream = torch.rand(loss(data).value.shape, generator=generator, dtype=torch.float64) + 0.5
+        shape = Answer.seen(data.mask, answer.view).shape if answer.view else ()
+        upstream = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
         theirs = loss(data, upstream)
+        if theirs.value.shape != shape:
+            return math.inf
         value, gradient = answer.call(data, upstream)
         for x, y in ((value, theirs.value), (gradient, theirs.gradient)):
             off, size = float((x - y).norm()), float(y.norm())

@@ -39,11 +39,15 @@ SOFT_BY_BATCH = (
 )
 BY_BATCH = "Divided by the batch's size alone: the loss grows with the length of a sequence."
 PADDING_HAS_SOFT_TERM = (
-    "Padding is counted: positions without a label have a soft term, and count in its mean (soft_on_ignored=True). "
-    "Drop that option to leave them out."
+    "Padding is counted: positions without a label have a soft term (soft_on_ignored=True). Drop that option to leave "
+    "them out."
+)
+PADDING_NOT_IN_DIVISOR = (
+    "The sum over all positions is divided by the number of those with a label (num_items): the more padding, the more "
+    "the soft term weighs."
 )
 PADDING_IN_DIVISOR = (
-    "Padding is counted: the sum over the positions with a label is divided by the number of all positions (num_items)."
+    "Padding is counted: the sum over the positions with a label is divided by the number of all (num_items)."
 )
 NO_LABELS = "The labels are not used at all: padding is counted."
 NONE_IGNORED = "A label of -100 raises or gives NaN; here a position with it has no term."

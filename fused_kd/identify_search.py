@@ -50,6 +50,8 @@ class Search:
             self.found.ruled_out.append(str(unlike))
         except ProbeError as error:
             self.found.ruled_out.append(f"on other inputs it fails: {error}")
+        except ValueError as error:  # of FusedKDLoss
+            self.found.ruled_out.append(f"its numbers are out of range: {error}")
         if self.loss.rounds:
             self.found.notes.append(say.ROUNDS)
         return self.found
@@ -242,7 +244,8 @@ class Search:
 
     def _choose_and_prove(self, answer: Answer) -> None:
         """What becomes of positions without a label or under a mask; then the proof."""
-        ways = [answer.but(soft_on_ignored=soft, num_items=count) for count in (False, True) for soft in (False, True)]
+        ways = [answer.but(soft_on_ignored=soft, num_items=count) for count in ("", "all") for soft in (False, True)]
+        ways.append(answer.but(soft_on_ignored=True, num_items="labelled"))
         if not (self.use.used and self.use.ignored is not None and self.has_soft):
             ways = [way for way in ways if not way.options["soft_on_ignored"]]
         if answer.options["reduction"] != "mean":
@@ -273,7 +276,9 @@ class Search:
         found = self.found
         if way.options["soft_on_ignored"]:
             found.habits.append(say.PADDING_HAS_SOFT_TERM)
-        if way.num_items:
+        if way.num_items == "labelled":
+            found.habits.append(say.PADDING_NOT_IN_DIVISOR)
+        elif way.num_items:
             found.habits.append(say.PADDING_IN_DIVISOR)
         if self.padding != PADDING[0]:
             found.notes.append(f"It is this as long as {self.padding}.")

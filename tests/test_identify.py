@@ -261,7 +261,17 @@ KNOWN: dict[str, tuple[Callable[..., Any], dict[str, Any], list[str]]] = {
     ),
     "padding in the mean": (
         lambda s, t, labels: (kl(s, t, 2.0) * 4 * (labels != -100)).mean(),
-        {"temperature": 2.0, "alpha": 1.0, "num_items": True},
+        {"temperature": 2.0, "alpha": 1.0, "num_items": "all"},
+        ["Padding is counted"],
+    ),
+    "padding in the sum": (
+        lambda s, t, labels: ce(s, labels) + kl(s, t, 2.0).sum() / (labels != -100).sum(),
+        {"alpha": 1.0, "hard_weight": 1.0, "num_items": "labelled", "soft_on_ignored": True},
+        ["the more padding"],
+    ),
+    "padding in the mean, a mask": (
+        lambda s, t, mask: (kl(s, t, 2.0)[:, :-1] * mask[:, 1:]).sum() / mask[:, 1:].numel(),
+        {"shift": True, "num_items": "all", "weights": True},
         ["Padding is counted"],
     ),
     "labels unused": (lambda s, t, labels: kl(s, t, 1.0).mean(), {"alpha": 1.0}, ["labels are not used"]),
@@ -287,7 +297,7 @@ def test_known(name: str) -> None:
     assert report.proved, report
     answer = report.answer
     assert answer is not None
-    fields = {"per_length": 0, "per_vocabulary": 0, "weights": False, "num_items": False} | options
+    fields = {"per_length": 0, "per_vocabulary": 0, "weights": False, "num_items": ""} | options
     for option, value in fields.items():
         found = getattr(answer, option) if hasattr(answer, option) else answer.options.get(option)
         assert found == value, (option, found, report)
@@ -322,7 +332,7 @@ def test_presets(name: str) -> None:
 
 PASTED = [
     "haitongli", "Hugging Face course", "DistilBERT", "GKD, shifted", "Megatron", "hard temperature",
-    "padding in the mean",
+    "padding in the mean", "padding in the sum", "padding in the mean, a mask",
 ]  # fmt: skip
 
 
@@ -342,6 +352,7 @@ def test_code_to_paste(name: str) -> None:
         "haitongli": (student, labels, teacher),
         "DistilBERT": (student, teacher, labels, mask),
         "Megatron": (student, teacher),
+        "padding in the mean, a mask": (student, teacher, mask),
     }.get(name, (student, teacher, labels))
     torch.testing.assert_close(names["loss"], loss(*given), rtol=1e-9, atol=0)
 
@@ -456,6 +467,7 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
         FusedKDLoss(student_softcap=3.0, teacher_softcap=3.0),
         "no divergence",
     ),
+    "too hot": (lambda s, t, y: ce(s, y) + 1e35 * kl(s, t, 2.0).mean(), "alpha must be at most 1e30"),
     "NaN": (lambda s, t: kl(s, t, 1.0).mean() * torch.nan, "NaN"),
 }
 
@@ -476,6 +488,7 @@ def test_other_layout_is_told() -> None:
     assert report.proved
     assert report.layouts == ["[N, V]"]
     assert any("Softmax over the wrong dimension" in note for note in report.notes)
+    assert any("On logits [B, T, V] it is something else: its positions are not" in note for note in report.notes)
 
 
 def configuration(seed: int) -> dict[str, Any]:
