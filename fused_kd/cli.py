@@ -1,9 +1,14 @@
-"""The command line, `fused-kd`: what this installation can do (`info`) and what the loss does (`demo`, `paper`)."""
+"""The command line, `fused-kd`: what this installation can do (`info`), which loss somebody's own is (`identify`), and
+what the loss does (`demo`, `paper`)."""
 
 import argparse
+import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import fused_kd
 from fused_kd import demo, info
@@ -23,6 +28,13 @@ def _parser() -> argparse.ArgumentParser:
     text = "versions, devices, and the backends with what each is built for, or why it is missing"
     command = commands.add_parser("info", help=text, description=text)
     command.set_defaults(run=_info)
+
+    text = "which FusedKDLoss a loss function is, proved on random inputs, and what is odd about it"
+    command = commands.add_parser("identify", help=text, description=text)
+    command.add_argument("loss", metavar="MODULE:FUNCTION", help="from here or from what is installed")
+    text = "what its arguments are, such as student,teacher,labels,mask (told from their names, and by trying)"
+    command.add_argument("--arguments", type=lambda names: names.split(","), metavar="ROLE,ROLE...", help=text)
+    command.set_defaults(run=_identify)
 
     text = "distils handwritten digits, then measures the loss at a language model's vocabulary (under two minutes)"
     command = commands.add_parser("demo", help=text, description=text)
@@ -63,6 +75,34 @@ def _at_least(fewest: int, text: str) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     print(info.report())
     return 0
+
+
+def _identify(arguments: argparse.Namespace) -> int:
+    """1 where nothing was proved, 2 where there is nothing to identify."""
+    try:
+        report = fused_kd.identify(_imported(arguments.loss), arguments=arguments.arguments)
+    except ValueError as error:
+        print(f"fused-kd identify: {error}", file=sys.stderr)
+        return 2
+    print(report, end="")
+    return 0 if report.proved else 1
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    """Raises ValueError where there is no such thing."""
+    module, _, path = name.partition(":")
+    if not module or not path:
+        raise ValueError(f"the loss must be given as MODULE:FUNCTION, such as my_module:my_loss, got {name!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = reduce(getattr, path.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if isinstance(found, type) or not callable(found):
+        raise ValueError(f"{name} must be a function or an object that can be called, got {found!r}")
+    return found
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ CI installs the packages, pinned and without their dependencies, for a step of i
 
 import ast
 import importlib.util
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,8 +31,9 @@ class _InFloat64:
         return getattr(torch, name)
 
 
-def definitions(package: str, file: str, *names: str) -> SimpleNamespace:
-    """Classes and functions (of a class: its static methods) with these names out of an installed file."""
+def definitions(package: str, file: str, *names: str, **used: Any) -> SimpleNamespace:
+    """Classes and functions (of a class: its static methods) with these names out of an installed file, without their
+    decorators; `used`: what they take from elsewhere."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         pytest.skip(f"{package} is not installed")
@@ -40,9 +42,8 @@ def definitions(package: str, file: str, *names: str) -> SimpleNamespace:
         node for node in ast.walk(tree) if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name in names
     ]
     for node in wanted:
-        if isinstance(node, ast.FunctionDef):
-            node.decorator_list = []
-    found: dict[str, Any] = {"torch": _InFloat64(), "F": torch.nn.functional, "math": __import__("math")}
+        node.decorator_list = []
+    found: dict[str, Any] = {"torch": _InFloat64(), "F": torch.nn.functional, "nn": torch.nn, "math": math} | used
     exec(compile(ast.Module(wanted, []), file, "exec"), found)
     return SimpleNamespace(**{name: found[name] for name in names})
 

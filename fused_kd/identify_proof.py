@@ -1,0 +1,80 @@
+"""Whether an answer is equal to a loss: value and gradient on inputs that it was not made from."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fused_kd.identify_answer import Answer
+from fused_kd.identify_labels import LabelUse
+from fused_kd.identify_probe import Data, Loss, random_data
+
+VOCABULARY = 7  # of the smallest inputs
+EQUAL = 1e-9  # value and gradient, in units of them
+
+# How labels that are ignored and a mask may go together.
+PADDING = (
+    "anything",
+    "labels are ignored ones wherever the mask is 0",
+    "labels are ignored ones where the mask is 0, and nowhere else",
+    "no label is an ignored one: the mask says it all",
+)
+
+
+def fresh(
+    positions: Sequence[int],
+    use: LabelUse,
+    answer: Answer,
+    padding: str = PADDING[0],
+    *,
+    seeds: Sequence[int] = (50, 51, 52),
+    vocabulary: int | None = None,
+) -> list[Data]:
+    """Inputs with ignored labels and masked positions, as far as the loss takes them."""
+    classes = use.ordinary if use.ignored is not None and use.ignored >= 0 else None
+    result = []
+    for seed in seeds:
+        scale = (1.0, 3.0, 9.0)[seed % 3]
+        columns = vocabulary or VOCABULARY + seed % 5
+        data = random_data(*positions, columns, seed=seed, scale=scale, classes=classes)
+        generator = torch.Generator().manual_seed(seed)
+        dropped, masked = torch.rand((2, *positions), generator=generator) < 0.35
+        for left_out in (dropped, masked):  # one counts, also where it is shifted
+            left_out.view(-1)[1 % math.prod(positions)] = False
+        if not answer.weights:
+            masked[...] = False
+        if padding == PADDING[1]:
+            dropped |= masked
+        elif padding == PADDING[2]:
+            dropped = masked
+        elif padding == PADDING[3]:
+            dropped[...] = False
+        labels = data.labels if use.ignored is None else data.labels.masked_fill(dropped, use.ignored)
+        result.append(data.but(labels=labels, mask=~masked))
+    return result
+
+
+def prove(loss: Loss, answer: Answer, positions: Sequence[int], use: LabelUse, padding: str = PADDING[0]) -> float:
+    """The largest difference on inputs of other shapes, two of them with a vocabulary that no top 100 fills."""
+    shapes = [p + 3 for p in positions], [1, *(p + 2 for p in positions[1:])]
+    inputs = [data for shape in shapes for data in fresh(shape, use, answer, padding)]
+    return difference(loss, answer, inputs + fresh(shapes[0], use, answer, padding, seeds=(53, 54), vocabulary=1009))
+
+
+def difference(loss: Loss, answer: Answer, inputs: list[Data]) -> float:
+    """The largest of value and gradient, in units of them."""
+    worst = 0.0
+    for data in inputs:
+        generator = torch.Generator().manual_seed(7)
+        shape = Answer.seen(data.mask, answer.view).shape if answer.view else ()
+        upstream = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+        theirs = loss(data, upstream)
+        if theirs.value.shape != shape:
+            return math.inf
+        value, gradient = answer.call(data, upstream)
+        for x, y in ((value, theirs.value), (gradient, theirs.gradient)):
+            off, size = float((x - y).norm()), float(y.norm())
+            if math.isnan(off):
+                return math.inf
+            worst = max(worst, off / size if size else math.inf if off else 0.0)
+    return worst
