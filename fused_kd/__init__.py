@@ -2,7 +2,7 @@
 
 from fused_kd import presets
 from fused_kd.functional import KDLossOutput, fused_kd_loss
-from fused_kd.identify import identify
+from fused_kd.identification import identify
 from fused_kd.linear import fused_linear_kd_loss
 from fused_kd.loss import FusedKDLoss, FusedLinearKDLoss
 from fused_kd.sparse import SparseTeacher

@@ -28,7 +28,7 @@ from fused_kd.divergences import (
     TotalVariation,
     divergence_of,
 )
-from fused_kd.identify_report import Report
+from fused_kd.identification.report import Report
 from fused_kd.reference import kd_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction", "ignore:Implicit dimension")

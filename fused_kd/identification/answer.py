@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.identify_fit import nice
-from fused_kd.identify_probe import Data
+from fused_kd.identification.fit import nice
+from fused_kd.identification.probe import Data
 from fused_kd.loss import FusedKDLoss
 from fused_kd.options import KDOptions
 

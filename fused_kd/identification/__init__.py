@@ -2,17 +2,17 @@
 
 The function is called on small random inputs in float64. What it does to labels, masks and positions is seen from which
 gradients change when one of them does; how it reduces, from how gradients scale with the shape; and its divergence,
-temperatures and weights are fitted to the gradient (`identify_fit.py`). What comes out is a guess until value and
+temperatures and weights are fitted to the gradient (`fit.py`). What comes out is a guess until value and
 gradient are equal on inputs that it was not made from: `Report.proved`.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fused_kd.identify_probe import ProbeError, random_data, ways_to_call
-from fused_kd.identify_proof import EQUAL, VOCABULARY, prove
-from fused_kd.identify_report import Report
-from fused_kd.identify_search import Search
+from fused_kd.identification.probe import ProbeError, random_data, ways_to_call
+from fused_kd.identification.proof import EQUAL, VOCABULARY, prove
+from fused_kd.identification.report import Report
+from fused_kd.identification.search import Search
 
 _LAYOUTS = {"[B, T, V]": (2, 4), "[N, V]": (6,)}
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fused_kd.identify_probe import Data, Loss, ProbeError
+from fused_kd.identification.probe import Data, Loss, ProbeError
 
 # What a position without a label may have, beside a class.
 _NOT_CLASSES = [-100, -1, -2]

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from fused_kd.identify_answer import Answer
+from fused_kd.identification.answer import Answer
 
 WRONG_DIMENSION = (
     "Softmax over the wrong dimension: a logit changes gradients along dimension {axes} of logits with {dimensions} "

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd import identify_report as say
 from fused_kd.divergences import CrossEntropy, ForwardKL, LogitMSE, TotalVariation
-from fused_kd.identify_answer import Answer, weight_options
-from fused_kd.identify_fit import Fit, Rows, fit, minimised, nice, weights_of
-from fused_kd.identify_labels import LabelUse, label_use
-from fused_kd.identify_probe import Data, Loss, ProbeError, Reading, random_data
-from fused_kd.identify_proof import EQUAL, PADDING, VOCABULARY, difference, fresh, prove
-from fused_kd.identify_report import Report
+from fused_kd.identification import report as say
+from fused_kd.identification.answer import Answer, weight_options
+from fused_kd.identification.fit import Fit, Rows, fit, minimised, nice, weights_of
+from fused_kd.identification.labels import LabelUse, label_use
+from fused_kd.identification.probe import Data, Loss, ProbeError, Reading, random_data
+from fused_kd.identification.proof import EQUAL, PADDING, VOCABULARY, difference, fresh, prove
+from fused_kd.identification.report import Report
 from fused_kd.reference import hard_term, soft_term
 
 _MORE = {"batch": 3, "length": 3, "vocabulary": 4}  # how much larger the inputs get that show a reduction

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from fused_kd.identify_answer import Answer
-from fused_kd.identify_labels import LabelUse
-from fused_kd.identify_probe import Data, Loss, random_data
+from fused_kd.identification.answer import Answer
+from fused_kd.identification.labels import LabelUse
+from fused_kd.identification.probe import Data, Loss, random_data
 
 VOCABULARY = 7  # of the smallest inputs
 EQUAL = 1e-9  # value and gradient, in units of them
