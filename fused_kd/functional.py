@@ -23,7 +23,7 @@ from fused_kd.checks import (
 from fused_kd.divergences import Divergence, DivergenceName, divergence_of
 from fused_kd.entropies import row_entropies
 from fused_kd.options import Ensemble, KDOptions, Reduction, VocabMismatch
-from fused_kd.positions import counted, known
+from fused_kd.positions import Coefficient, Counted, counted, known
 from fused_kd.teachers import TeacherLogits, backend_name, row_dtypes, teacher_of, tensors_of
 
 
@@ -189,8 +189,7 @@ def compute(
     rows, symbolic = row_options(options, divergence, backend, eager)
     dtype, *_ = row_dtypes(teacher.kind, student_logits, teacher.tensors)
     counts = counted(student_logits, labels, num_items, weights, options, dtype, eager)
-    positions = student_logits.shape[:-1] if options.reduction == "none" else None
-    loss, soft, hard = rows_loss(
+    loss, *terms = rows_loss(
         eager and not any(map(lazy, (student_logits, counts.targets, *teacher.tensors))),
         student_logits,
         teacher,
@@ -200,22 +199,35 @@ def compute(
         symbolic,
         rows,
         options.inplace,
-        positions is None,
+        options.reduction != "none",
     )
-    if positions is not None:
+    if options.entropies:
+        auto = rows._replace(backend=options.backend)
+        terms += row_entropies(student_logits.detach(), teacher, counts.targets, auto, symbolic)
+    return output(loss, terms, counts, student_logits.shape[:-1], options)
+
+
+def output(
+    loss: Tensor, terms: Sequence[Tensor], counts: Counted, positions: Sequence[int], options: KDOptions
+) -> Tensor | KDLossOutput:
+    """What the caller gets of a loss, or of one for each row, and of the `terms`, [N] each: soft, hard and, if wanted,
+    both entropies."""
+    summed = options.reduction != "none"
+    if not summed:
         loss = loss.reshape(positions)
     if not options.return_parts:
         return loss
-    of_both: tuple[Tensor, ...] = ()
-    if options.entropies:
-        of_both = row_entropies(
-            student_logits.detach(), teacher, counts.targets, rows._replace(backend=options.backend), symbolic
-        )
+    soft, hard, *entropies = terms
+
+    def reduced(term: Tensor, of_term: Coefficient) -> Tensor:
+        values = (term * of_term).detach()
+        return values.sum() if summed else values.reshape(positions)
+
     return KDLossOutput(
         loss,
-        reduced((soft * counts.of_soft).detach(), positions) if rows.soft else None,
-        reduced((hard * counts.of_hard).detach(), positions) if rows.hard else None,
-        *(reduced((entropy * counts.of_soft).detach(), positions) for entropy in of_both),
+        reduced(soft, counts.of_soft) if options.has_soft else None,
+        reduced(hard, counts.of_hard) if options.has_hard else None,
+        *(reduced(entropy, counts.of_soft) for entropy in entropies),
     )
 
 
@@ -242,8 +254,3 @@ def row_options(
         caps=tuple(map(float, caps)),
     )
     return rows, symbolic
-
-
-def reduced(values: Tensor, positions: torch.Size | None) -> Tensor:
-    """The rows' sum; or the rows laid out over `positions`."""
-    return values.sum() if positions is None else values.reshape(positions)

@@ -16,7 +16,7 @@ from fused_kd.checks import (
     plain,
 )
 from fused_kd.divergences import divergence_of
-from fused_kd.functional import KDLossOutput, reduced, row_options
+from fused_kd.functional import KDLossOutput, output, row_options
 from fused_kd.linear_op import linear_loss
 from fused_kd.linear_rows import Head, product_dtype
 from fused_kd.options import KDOptions, options_of
@@ -157,18 +157,8 @@ def compute_linear(
         *rows,
         symbolic,
     )
-    loss, soft, hard, *of_both = results[: 5 if options.entropies else 3]
-    positions = None if summed else like.shape[:-1]
-    if positions is not None:
-        loss = loss.reshape(positions)
-    if not options.return_parts:
-        return loss
-    return KDLossOutput(
-        loss,
-        reduced((soft * counts.of_soft).detach(), positions) if rows.soft else None,
-        reduced((hard * counts.of_hard).detach(), positions) if rows.hard else None,
-        *(reduced((entropy * counts.of_soft).detach(), positions) for entropy in of_both),
-    )
+    loss, *terms = results[: 5 if options.entropies else 3]
+    return output(loss, terms, counts, like.shape[:-1], options)
 
 
 def _check_transforms(student: Head) -> None:

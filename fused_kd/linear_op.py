@@ -99,7 +99,7 @@ linear_loss = operator("linear_loss", _real, _fake, _SIGNATURE, check=_checked)
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, (teacher, weights, biases), rest = inputs[:3], inputs[3:6], inputs[6:]
-    kind, targets, coef_soft, coef_hard, ctx.wanted, ctx.recompute, _, _, chunk_rows, dtype, *options, symbolic = rest
+    kind, targets, coef_soft, coef_hard, _, ctx.recompute, _, _, chunk_rows, dtype, *options, symbolic = rest
     ctx.set_materialize_grads(False)
     ctx.dtypes = [None if x is None else x.dtype for x in student]
     ctx.lengths = [len(teacher), len(weights), len(biases)]
