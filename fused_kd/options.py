@@ -53,8 +53,8 @@ class KDOptions:
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
-            value = getattr(self, name)
-            if value is not None or getattr(KDOptions, name) is not None:
+            value, default = getattr(self, name), getattr(KDOptions, name)
+            if value is not default:
                 self._set(name, value, number(name, value))
         check_temperature("temperature", self.temperature)
         if self.teacher_temperature is not None:
@@ -70,7 +70,8 @@ class KDOptions:
         if self.alpha == 0 and self.weight_of_hard() == 0:
             raise ValueError("alpha and hard_weight are both 0: no term is left; give one of them a weight")
         check_smoothing(self.label_smoothing)
-        check_caps(self.caps)
+        if self.caps:
+            check_caps(self.caps)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
             raise TypeError(f"ignore_index must be an int, got {described(self.ignore_index)}")
         self._set("ignore_index", self.ignore_index, int(self.ignore_index))
@@ -96,10 +97,12 @@ class KDOptions:
     @property
     def caps(self) -> tuple[float, ...]:
         """As RowOptions has them: none where nothing is scaled or capped."""
-        values = tuple(getattr(self, name) for name in _CAPS)
-        if values == (1.0, None, 1.0, None):
+        if (
+            self.student_softcap is self.teacher_softcap is None
+            and self.student_logit_scale == self.teacher_logit_scale == 1
+        ):
             return ()
-        return tuple(_INFINITY if value is None else value for value in values)
+        return tuple(_INFINITY if value is None else value for value in (getattr(self, name) for name in _CAPS))
 
     # (A branch makes of a symbolic condition a known one.)
     @property
