@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trl.experimental import gkd, server_distillation
 from trl.experimental.async_distillation import async_distillation_trainer
 from trl.trainer import DistillationConfig, distillation_trainer
 
+from fused_kd import linear_rows
 from fused_kd.integrations import trl as ours
 
 BETAS = [0.0, 0.3, 1.0]
@@ -91,6 +93,33 @@ def test_chunked_divergence_loss(beta: float, masked: bool) -> None:
 
 def make_weight() -> Tensor:
     return torch.randn(301, 16, generator=torch.Generator().manual_seed(4))
+
+
+def allocations(step: Callable[[], Tensor]) -> list[int]:
+    step()  # what is made once
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step().backward()
+    return [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+
+
+def test_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of logits their gradient alone, which replaces TRL's many; from hidden states nothing of their size."""
+    rows, columns = 64, 1009
+    logits = 4 * rows * columns
+    student, teacher = torch.randn(4, rows // 4, columns, requires_grad=True), torch.randn(4, rows // 4, columns)
+    large = []
+    for function in (gkd.GKDTrainer.generalized_jsd_loss, ours.generalized_jsd_loss):
+        student.grad = None
+        sizes = allocations(lambda: function(student, teacher, beta=0.5))  # noqa: B023
+        large.append(sum(size >= logits for size in sizes))
+    assert large[1] == 1
+    assert large[0] > 10
+
+    monkeypatch.setattr(linear_rows, "CHUNK_BYTES", 8 * 8 * columns)  # eight rows of them, student's and teacher's
+    hidden, of_teacher = torch.randn(4, rows // 4, 12, requires_grad=True), torch.randn(4, rows // 4, 16)
+    weight, mask = torch.randn(columns, 12, requires_grad=True), torch.ones(4, rows // 4)
+    given = (hidden, of_teacher, weight, torch.randn(columns, 16), mask, 1.0)
+    assert max(allocations(lambda: ours.chunked_divergence_loss(*given)[0])) < logits / 2
 
 
 def server_trainer(cls: Any, beta: float, tail: bool) -> Any:
