@@ -209,6 +209,20 @@ def test_accumulation_of_losses_that_are_not_over_labels(options: dict[str, Any]
     assert two.logs[0] == pytest.approx(one.logs[0], rel=1e-5)
 
 
+def _sharded(rank: int, args: Any) -> Tensor:
+    """The gradient where FSDP shards the student, whose head is whole in its forward alone."""
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 (where there is torch.distributed)
+
+    trainer = DistillationTrainer(llama(16, 1), args, teacher=llama(24, 2), loss_fn=linear())
+    student, rows = trainer.model.train(), examples(8)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    for module in (*student.model.layers, student):
+        fully_shard(module, mesh=mesh)
+    count = (collated(rows)["labels"][:, 1:] != -100).sum()
+    trainer.compute_loss(student, collated(rows[rank::2]), num_items_in_batch=count).backward()
+    return torch.cat([p.grad.full_tensor().flatten() for p in student.parameters()])
+
+
 def _of_a_rank(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
@@ -227,6 +241,7 @@ def _of_a_rank(rank: int, folder: str, port: int) -> None:
             trainer, watch = trained(cls, args, count=8, loss_fn=linear())
             assert trainer.accelerator.num_processes == 2
             results[average, cls.__name__, accumulation] = watch.gradients[0], watch.logs[0]
+    results["sharded"] = _sharded(rank, arguments(Path(folder)))
     if rank == 0:
         torch.save(results, Path(folder) / "results")
     torch.distributed.destroy_process_group()
@@ -242,6 +257,7 @@ def test_two_processes(tmp_path: Path) -> None:
         assert distance(gradient, alone.gradients[0]) < GRADIENT
         for name in ("loss", "soft", "hard", "student_entropy", "teacher_entropy"):
             assert logs[name] == pytest.approx(alone.logs[0][name], rel=1e-5)
+    assert distance(results["sharded"], alone.gradients[0]) < GRADIENT
     for average in (True, False):
         ours, theirs = (results[average, name, 2] for name in ("DistillationTrainer", "EagerTrainer"))
         assert distance(ours[0], theirs[0]) < GRADIENT

@@ -335,6 +335,21 @@ def test_distillation_trainer(beta: float, accumulation: int, tokenizer: Any, tm
             assert a["entropy"] == pytest.approx(b["entropy"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "loss"),
+    [
+        (distillation_trainer, "DistillationTrainer", "chunked_divergence_loss"),
+        (async_distillation_trainer, "AsyncDistillationTrainer", "chunked_jsd_loss"),
+    ],
+)
+def test_a_subclass_takes_our_loss(module: Any, name: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the class above it, at the same time, its own."""
+    monkeypatch.setattr(getattr(module, name), "_compute_loss", lambda self: getattr(module, f"_{loss}"))
+    taken = object.__new__(getattr(ours, name))._compute_loss()
+    assert taken is getattr(ours, loss)
+    assert object.__new__(getattr(module, name))._compute_loss() is not taken
+
+
 def test_patched_undoes_itself() -> None:
     of = [
         lambda: gkd.GKDTrainer.generalized_jsd_loss,
