@@ -37,8 +37,8 @@ TEXTS = [
     "for the house and a bowl",
     "of milk, and the fire",
 ]
-# What rounding makes of three steps of AdamW; 2e-7 was seen.
-CURVE = 2e-6
+# What rounding makes of three steps; 2.2e-7 and 3.5e-6 were seen.
+CURVE = 1e-6
 GRADIENT = 1e-5
 
 
@@ -241,7 +241,8 @@ COMMON: dict[str, Any] = {
     "bf16": False,
     "report_to": [],
     "logging_steps": 1,
-    "learning_rate": 1e-2,
+    "optim": "sgd",  # AdamW divides rounding errors by their own size
+    "learning_rate": 0.5,
     "save_strategy": "no",
     "disable_tqdm": True,
     "max_grad_norm": 0.0,
