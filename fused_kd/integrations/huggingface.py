@@ -34,9 +34,9 @@ class DistillationMixin:
 
     The loss is over all labelled positions of a step, whatever the gradient accumulation, the processes and
     `average_tokens_across_devices`, as the Trainer's own. (Without labels, with soft_on_ignored, or with another
-    reduction than "mean" it is the mean of the micro-batches' losses, of positions that are attended to.) The logs have
-    its parts beside it, `soft` and `hard` without their weights, and the entropies in nats. Metrics and
-    `compute_loss(..., return_outputs=True)` get the model's logits, which are made for them alone.
+    reduction than "mean" it is the mean of the micro-batches' losses; of positions without a label, those count that
+    are attended to.) The logs have its parts beside it, `soft` and `hard` without their weights, and the entropies in
+    nats. Metrics and `compute_loss(..., return_outputs=True)` get the model's logits, which are made for them alone.
 
     Args:
         teacher: takes the inputs that the model takes, but for labels. It is called without gradients and in eval mode,
