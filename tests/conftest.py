@@ -5,6 +5,8 @@ import pytest
 import torch
 from support import BACKENDS, GPU_BACKENDS
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests of trainers download nothing, and report to nobody
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     from interpreter import make_honest
 
