@@ -63,7 +63,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         ),
     ]
     shapes = ("--shapes", options.shapes) if options.shapes else ()
-    linear_shapes = ("--shapes", options.linear_shapes) if options.linear_shapes else ()
+    linear_shapes = ("--dtypes", "bfloat16", *(("--shapes", options.linear_shapes) if options.linear_shapes else ()))
     for run in (*backends, "others", "linear"):
         of_run = linear_shapes if run == "linear" else shapes
         command = program("gpu_time.py", "--device", device, "--run", run, *of_run)

@@ -199,7 +199,7 @@ def grouped(records: list[Record], *keys: str) -> dict[tuple[str, ...], list[Rec
     return groups
 
 
-SECTIONS: tuple[Section, ...] = (machine, stages, smoke, times, linear, tests, counters)
+SECTIONS: tuple[Section, ...] = (machine, stages, smoke, times, tests, counters, linear)
 
 if __name__ == "__main__":
     found = (parsed(line) for line in Path(sys.argv[1]).read_text().splitlines())

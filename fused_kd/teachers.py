@@ -54,8 +54,8 @@ def teacher_of(
     if not isinstance(teacher, (list, tuple)):
         if weights is not None:
             raise ValueError(
-                "teacher_weights weighs several teachers, but there is one teacher; leave teacher_weights out, or "
-                "pass a list of tensors"
+                f"teacher_weights weighs several teachers, but {name} is one; leave teacher_weights out, or pass a "
+                "list of tensors"
             )
         if isinstance(teacher, SparseTeacher):
             if options.teacher_temperature is not None:

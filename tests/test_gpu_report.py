@@ -22,6 +22,7 @@ import timing
 import torch
 from contenders import COPY, SHAPES, Contender, of_backend, of_others
 from gpu_counters import read
+from linear_contenders import LINEAR_SHAPES, of_linear
 from records import Record, emit, parsed
 from stages import Command, Runner, Stage, last_word
 from support import BACKENDS, GPU_BACKENDS
@@ -123,7 +124,7 @@ def test_without_a_gpu_each_stage_says_so(
     printed = capfd.readouterr().out
     report = printed.split("=== report\n")[1]
     assert report.strip() == (tmp_path / "table.txt").read_text().strip()
-    assert report.count("no GPU: PyTorch") == 5  # build, smoke, and three runs of time
+    assert report.count("no GPU: PyTorch") == 6  # build, smoke, and four runs of time
     assert report.count("compute-sanitizer is missing") == 1
     assert report.count("ncu is missing") == 2
     assert "passed" not in report
@@ -131,7 +132,9 @@ def test_without_a_gpu_each_stage_says_so(
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no library for the CPU")
 def test_correctness_and_time_on_the_cpu(tmp_path: Path) -> None:
-    options = Namespace(device="cpu", shapes="4x300,2x50", smoke_shapes="4x300,3x300", only="smoke,time")
+    options = Namespace(
+        device="cpu", shapes="4x300,2x50", linear_shapes="6x8x50", smoke_shapes="4x300,3x300", only="smoke,time"
+    )
     runner = Runner(tmp_path, time.monotonic() + 300, gpu_report.ROOT, gpu_report.environment())
     for stage in gpu_report.stages(options):
         if stage.name != "time others":  # where torch.compile takes its time
@@ -228,6 +231,9 @@ class TestTable:
             for dtype, shape, contender in itertools.product(dtypes, shapes, contenders):
                 about = {"record": "time", "run": run, "dtype": dtype, "shape": shape, "contender": contender}
                 result.append({**about, "error": why} if failing else {**about, **figures})
+        for shape, contender in itertools.product(LINEAR_SHAPES["cuda"].split(","), of_linear()):
+            about = {"record": "linear", "run": "linear", "dtype": "bfloat16", "shape": shape, "contender": contender}
+            result.append({**about, "error": why} if failing else {**about, **figures, "of_copy": None})
         for i in range(1500):
             what = "failed" if failing or i < 40 else "passed"
             result.append(
@@ -238,7 +244,7 @@ class TestTable:
             about = {"backend": backend, "verb": verb, "kernel": "rows_kernel", "shape": "1x2", "dtype": "bfloat16"}
             result.append({"record": "counters", **about, "nanoseconds": 1e6, "stalls": stalls})
         for stage in gpu_report.stages(
-            Namespace(device="cuda", shapes=None, smoke_shapes=gpu_report.SMOKE_SHAPES, only="")
+            Namespace(device="cuda", shapes=None, linear_shapes=None, smoke_shapes=gpu_report.SMOKE_SHAPES, only="")
         ):
             for command in stage.commands:
                 about = {"stage": stage.name, "command": command.label, "seconds": 12.3}
