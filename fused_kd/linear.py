@@ -196,6 +196,8 @@ def check_linear(linear: LinearOptions, options: KDOptions) -> None:
         raise ValueError(f"chunk_rows must be None or an int of at least 1, got {rows!r}")
     if not isinstance(linear.recompute, bool):
         raise TypeError(f"recompute must be True or False, got {described(linear.recompute)}")
+    if options.process_group is not None:
+        raise ValueError("process_group is not supported for hidden states; use fused_kd_loss on the logits")
     if options.inplace:
         raise ValueError(
             "inplace=True overwrites the student's logits, which a loss from hidden states does not have; leave it out"

@@ -1,0 +1,322 @@
+"""The loss of logits whose vocabulary is cut over the ranks of a process group: tensor parallelism.
+
+Each rank has a slice of the columns and visits it by the verbs of any backend, as if it were a vocabulary. With P_r and
+Q_r the mass that p and q have in the slice of rank r, and p^r, q^r what they are within it,
+
+    KL(p || q) = KL(P || Q) + sum P_r KL(p^r || q^r)        and so the cross entropy; KL(q || p) with P and Q exchanged
+    -log q1[y] = -log Q1_r - log q1^r[y]                    r the rank that has the label y
+
+No term is negative, so nothing cancels; and KL(P || Q) is that of a row with a column for each rank, whose logits are
+the slices' log-sum-exps. The torch backend has it in float64, exact where the ranks are close, with every edge case.
+The other divergences take a second visit, once Z_s and Z_t of the whole row are known.
+
+One all-gather a visit brings each rank what all have found of a row; from there on all compute the same from the same
+numbers. Stats of the whole row, measured from the slice's own points, are then what the backward verb of a slice takes:
+nothing is sent backward. A rank sends, in float32,
+
+    forward KL, cross entropy   24 bytes a row          reverse KL   28          logit MSE   12
+    the other divergences       24, and 16 of the second visit
+    the hard term               16, of which 4 are shared with the soft one but for logit MSE
+    the widths of the slices     8 bytes a call
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from fused_kd import capped
+from fused_kd.autograd import FusedKDFunction, _EagerFunction, _losses
+from fused_kd.backends import pytorch
+from fused_kd.backends.rows import (
+    GROWTH,
+    HARD_SUM,
+    LOG_RATIO,
+    MISS,
+    NO_LABEL,
+    OUT_OF_RANGE,
+    SKIP,
+    STATS,
+    STUDENT_MAX,
+    STUDENT_SUM,
+    TEACHER_MAX,
+    TEACHER_SUM,
+    TOP,
+    LogitRows,
+    RowOptions,
+    check_targets,
+    exact_dtype,
+)
+from fused_kd.divergences import ForwardKL, LogitMSE, ReverseKL, divergence_of, with_parameters
+from fused_kd.options import KDOptions
+from fused_kd.positions import Coefficient
+from fused_kd.teachers import LOGITS, Teacher
+
+# What a rank sends of a row: the term, and what the terms of all are put together from.
+_OF_SOFT = (STUDENT_MAX, TEACHER_MAX, STUDENT_SUM, TEACHER_SUM, LOG_RATIO)
+_OF_LOGIT_MSE = (GROWTH, TOP)
+_OF_HARD = (STUDENT_MAX, HARD_SUM, MISS)
+
+# A slice with less than this of p or q is taken to have it: kernels divide sums by each other, in float32.
+_LEAST = 2.0**-60
+
+
+class Ranks(NamedTuple):
+    group: distributed.ProcessGroup
+    rank: int  # in the group
+    ends: Tensor  # [ranks]: the columns up to the end of each slice
+
+    @property
+    def number(self) -> int:
+        return self.ends.shape[0]
+
+
+def ranks_of(student: Tensor, teacher: Teacher, options: KDOptions, eager: bool) -> Ranks:
+    """Asks all ranks for the width of their slice. Raises for options that cannot be put together from slices, before
+    that."""
+    group = options.process_group
+    assert group is not None
+    if not eager:
+        raise TypeError("process_group needs plain tensors in eager mode: no mode, no transform and no other subclass")
+    if teacher.kind != LOGITS:
+        raise ValueError(
+            "process_group takes one teacher's logits, cut as the student's; several teachers and a SparseTeacher are "
+            "not supported with it"
+        )
+    for name in ("label_smoothing", "entropies"):
+        if getattr(options, name):
+            raise ValueError(f"{name} is not supported with process_group; leave one of the two out")
+    if options.vocab_mismatch != "error":
+        raise ValueError(
+            'vocab_mismatch="truncate" has no meaning with process_group, where each rank has a slice of both '
+            'vocabularies; use "error" and slices of one width'
+        )
+    if divergence_of(options.divergence).family is not None and options.backend not in ("auto", pytorch.NAME):
+        raise ValueError(
+            f"backend={options.backend!r} has no part of divergence {options.divergence!r} for a slice of the "
+            'vocabulary; with process_group it takes "torch", or "auto"'
+        )
+    width = torch.full((1,), student.shape[-1], dtype=torch.int64, device=student.device)
+    widths = _gathered(width, group)
+    return Ranks(group, group.rank(), widths.flatten().cumsum(0))
+
+
+def rows_loss(
+    ranks: Ranks,
+    student: Tensor,
+    teacher: Teacher,
+    targets: Tensor,
+    coef_soft: Coefficient,
+    coef_hard: Coefficient,
+    symbolic: None,
+    rows: RowOptions,
+    *switches: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fused_kd.autograd.rows_loss` with the labels of the whole vocabulary as targets: the same bits on each rank, and
+    the gradient of its slice."""
+    local, owner = _located(student, targets, ranks)
+    # (Native kernels know that the gradient of a vocabulary of one column is 0.)
+    if student.shape[-1] == 1 or with_parameters(rows.divergence, rows.parameters).family is not None:
+        rows = rows._replace(backend=pytorch.NAME)
+    tail = (teacher.kind, rows, *switches, *teacher.tensors, ranks, owner)
+    losses, soft, hard, _ = _MergedFunction.apply(student, local, coef_soft, coef_hard, symbolic, *tail)
+    return losses, soft, hard
+
+
+class _MergedFunction(_EagerFunction):
+    """With targets of the slice; and after the teacher's tensors the ranks, and which of them has each row's label."""
+
+    generate_vmap_rule = False
+    setup_context = staticmethod(torch.autograd.Function.setup_context)
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *inputs, ranks, owner = inputs  # type: ignore[assignment]
+        student, targets, coef_soft, coef_hard, _, kind, options, _, summed, *teacher = inputs
+        soft, hard, stats = rows_forward(ranks, student, teacher, targets, owner, kind, options)
+        output = (_losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats)
+        FusedKDFunction.setup_context(ctx, tuple(inputs), output)
+        ctx.eager = True
+        return output
+
+
+def _located(student: Tensor, targets: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The targets of this rank's slice; and the rank that has the label, or what else the target is.
+
+    A row whose label another rank has is given one here all the same, the first column: the verbs then have the sum
+    over the slice. `rows_forward` sees to the gradient there.
+    """
+    if targets.device.type == "cpu":
+        whole = student.new_empty(1).expand(int(ranks.ends[-1]))
+        options = RowOptions(1.0, 1.0, "forward_kl", 0.0, False, True, "torch")
+        check_targets(LogitRows(whole, whole, targets, options))
+    labelled = (targets != SKIP) & (targets != NO_LABEL)
+    owner = torch.bucketize(targets, ranks.ends, right=True)
+    owner = torch.where(labelled, torch.where((targets < 0) | (owner == ranks.number), OUT_OF_RANGE, owner), targets)
+    first = ranks.ends[ranks.rank] - student.shape[-1]
+    local = torch.where(owner == ranks.rank, targets - first, torch.where(owner >= 0, 0, owner))
+    return local, owner
+
+
+def rows_forward(
+    ranks: Ranks,
+    student: Tensor,
+    teacher: Sequence[Tensor],
+    targets: Tensor,
+    owner: Tensor,
+    kind: str,
+    options: RowOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """soft[N] and hard[N] of the whole rows, and the stats that the backward verbs take for this rank's slice."""
+    divergence = with_parameters(options.divergence, options.parameters)
+    first = options
+    if divergence.family is not None:
+        first = options._replace(divergence=ForwardKL.name, parameters=())
+    soft, hard, stats = capped.rows_forward(student, teacher, targets, kind, first)
+    sent: dict[int | str, Tensor] = {}
+    if options.soft:
+        needed: tuple[int, ...] = _OF_LOGIT_MSE if isinstance(divergence, LogitMSE) else _OF_SOFT
+        if isinstance(divergence, ReverseKL):
+            needed = (*_OF_SOFT, TOP)
+        sent |= {"soft": soft} | {i: stats[:, i] for i in needed}
+    if options.hard:
+        sent |= {"hard": hard} | {i: stats[:, i] for i in _OF_HARD}
+    received = _gathered(torch.stack(list(sent.values())), ranks.group).to(exact_dtype(student.device))
+    slices = dict(zip(sent, received.unbind(1), strict=True))
+
+    found = _Found(slices, owner, ranks.rank, options)
+    whole = torch.zeros((len(targets), STATS), dtype=received.dtype, device=student.device)
+    if isinstance(divergence, LogitMSE) and options.soft:
+        soft = found.logit_mse(divergence, whole)
+    elif options.soft:
+        soft = found.soft(first.divergence, whole)
+        if divergence.family is not None:
+            own = _term_sums(student, teacher, targets, kind, options, whole.to(stats.dtype))
+            sums = _gathered(own.to(stats.dtype), ranks.group).to(whole.dtype).sum(0)
+            soft, whole[:, GROWTH], whole[:, TOP] = pytorch.concluded(sums)
+    if options.hard:
+        hard = found.hard(_first_column(student, options), whole)
+    dtype = stats.dtype
+    return soft.to(dtype), hard.to(dtype), whole.to(dtype)
+
+
+def _term_sums(
+    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions, stats: Tensor
+) -> Tensor:
+    """The second visit of a slice: what `pytorch.concluded` takes. That of other backends has no verb of its own; and
+    which columns have more than half of q, visit and gradient must see alike."""
+    if not options.caps:
+        return pytorch.rows_terms(LogitRows(student, teacher[0], targets, options), stats)
+    sums = [
+        pytorch.rows_terms(LogitRows(z, t[0], targets[span], of_piece), stats[span])
+        for z, t, of_piece, _, span in capped.visited(student, teacher, kind, options)
+    ]
+    return torch.cat(sums, 1)
+
+
+def _first_column(student: Tensor, options: RowOptions) -> Tensor:
+    """The logits there, [N]."""
+    logits = student[..., 0].reshape(-1)
+    return capped.Cap(*options.caps[:2]).of(logits) if options.caps else logits
+
+
+class _Found(NamedTuple):
+    """What the ranks have found in their slices, by the names of stats: [ranks, N], float64."""
+
+    slices: dict[int | str, Tensor]
+    owner: Tensor
+    rank: int
+    options: RowOptions
+
+    def soft(self, divergence: str, stats: Tensor) -> Tensor:
+        """The term; what this rank needs of the whole row goes into its `stats`."""
+        x, o = self.slices, self.options
+        z_s, z_t, ratio = x[STUDENT_SUM], x[TEACHER_SUM], x[LOG_RATIO]
+        # (A slice of -inf has no point to be measured from.)
+        at_s, at_t = torch.where(z_s == 0, 0.0, x[STUDENT_MAX]), torch.where(z_t == 0, 0.0, x[TEACHER_MAX])
+        empty = (z_s == 0) | (z_t == 0)
+        apart = at_s / o.temperature - at_t / o.teacher_temperature
+        log_t = at_t / o.teacher_temperature + z_t.log()
+        # Where the sums are close, their difference is in LOG_RATIO, and not in them.
+        close = (ratio.abs() < 0.5) & ~empty
+        log_s = torch.where(close, log_t + apart + ratio, at_s / o.temperature + z_s.log())
+        value, _, of_ranks = self._ranks(log_s, log_t, divergence)
+        p, q = (_shares(logs, of_ranks, *at) for logs, *at in (
+            (log_t, TEACHER_MAX, TEACHER_SUM), (log_s, STUDENT_MAX, STUDENT_SUM)
+        ))  # fmt: skip
+        share = q if divergence == ReverseKL.name else p
+        value = value + torch.where((share == 0) | empty | self._skipped, 0.0, share * x["soft"]).sum(0)
+
+        r = self.rank
+        stats[:, STUDENT_MAX], stats[:, TEACHER_MAX] = at_s[r], at_t[r]
+        stats[:, STUDENT_SUM], stats[:, TEACHER_SUM] = _of_whole(z_s[r], q[r]), _of_whole(z_t[r], p[r])
+        whole = of_ranks[:, STUDENT_MAX] - of_ranks[:, TEACHER_MAX] + of_ranks[:, LOG_RATIO]
+        stats[:, LOG_RATIO] = torch.where(empty[r], 0.0, whole - apart[r])
+        if divergence == ReverseKL.name:
+            # -TOP is the mean of delta under q, measured from the slice's points; this one's is left as it is where the
+            # slice has all of q.
+            mean = x[TOP] - apart
+            top = x[TOP][r] + torch.where((q == 0) | empty, 0.0, q * (mean - mean[r])).sum(0)
+            top = torch.where(empty[r], 0.0, top)
+            stats[:, GROWTH], stats[:, TOP] = value, torch.where(value.isfinite(), top, torch.nan)
+        return value
+
+    def hard(self, first_column: Tensor, stats: Tensor) -> Tensor:
+        x, r, labelled = self.slices, self.rank, self.owner >= 0
+        z = x[HARD_SUM]
+        at = torch.where(z == 0, 0.0, x[STUDENT_MAX])
+        logs = at + z.log()
+        _, value, of_ranks = self._ranks(logs, None, ForwardKL.name)
+        q = _shares(logs, of_ranks, STUDENT_MAX, HARD_SUM)
+        owner = torch.where(labelled, self.owner, 0).unsqueeze(0)
+        own_loss, own_miss, own_sum = (v.gather(0, owner).squeeze(0) for v in (x["hard"], x[MISS], z))
+        beside = of_ranks[:, MISS]  # what the other ranks have of q
+        miss = torch.where(own_sum == 0, 1.0, beside + (1 - beside) * own_miss)
+        stats[:, STUDENT_MAX] = at[r]
+        stats[:, HARD_SUM] = _of_whole(z[r], q[r])
+        # Where another rank has the label, the gradient at this one's first column is q1 as in all the others.
+        plain = (first_column.to(stats.dtype) - at[r]).exp() / stats[:, HARD_SUM]
+        stats[:, MISS] = torch.where(self.owner == r, miss, -plain)
+        return value + torch.where(labelled & (own_sum != 0), own_loss, 0.0)
+
+    def logit_mse(self, divergence: LogitMSE, stats: Tensor) -> Tensor:
+        """Mean and squares of s/tau - t/tau_t over all columns, from those of the slices: Chan, Golub and LeVeque."""
+        count = 1 / self.slices[TOP]
+        some = count != 0
+        squares = torch.where(some, 2 * count * self.slices["soft"], 0.0)
+        total = count.sum(0)
+        mean = torch.where(some, count * self.slices[GROWTH], 0.0).sum(0) / total
+        if divergence.centred:
+            squares = squares + torch.where(some, count * (self.slices[GROWTH] - mean).square(), 0.0)
+        stats[:, GROWTH], stats[:, TOP] = mean, 1 / total
+        return torch.where(self._skipped, 0.0, squares.sum(0) / (2 * total))
+
+    @property
+    def _skipped(self) -> Tensor:
+        return self.owner == SKIP
+
+    def _ranks(self, log_s: Tensor, log_t: Tensor | None, divergence: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward verb for rows with a column for each rank; without a teacher's, for the hard term."""
+        options = RowOptions(1.0, 1.0, divergence, 0.0, log_t is not None, log_t is None, pytorch.NAME)
+        student, teacher = log_s.T.contiguous(), (log_s if log_t is None else log_t).T.contiguous()
+        return pytorch.rows_forward(LogitRows(student, teacher, self.owner, options))
+
+
+def _shares(logs: Tensor, of_ranks: Tensor, at: int, total: int) -> Tensor:
+    """What each rank has of p or q, [ranks, N]."""
+    return (logs - of_ranks[:, at]).exp() / of_ranks[:, total]
+
+
+def _of_whole(total: Tensor, share: Tensor) -> Tensor:
+    """A slice's sum as that of the row, measured from where the slice's was; any number for a slice of -inf, and NaN in
+    a row of -inf, of which no rank has a share."""
+    return torch.where((total == 0) & ~share.isnan(), 1.0, total / share.clamp(min=_LEAST))
+
+
+def _gathered(own: Tensor, group: distributed.ProcessGroup) -> Tensor:
+    """[ranks, ...] of what each rank has."""
+    every = own.new_empty((group.size(), *own.shape))
+    if own.numel() > 0:
+        distributed.all_gather(list(every), own.contiguous(), group=group)
+    return every
