@@ -21,12 +21,13 @@ nothing is sent backward. A rank sends, in float32,
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
-from fused_kd import capped
+from fused_kd import capped, linear_op
 from fused_kd.autograd import FusedKDFunction, _EagerFunction, _losses
 from fused_kd.backends import pytorch
 from fused_kd.backends.rows import (
@@ -63,6 +64,9 @@ _LEAST = 2.0**-60
 
 
 class Ranks(NamedTuple):
+    """Whose methods are the verbs of `fused_kd.capped`, for slices of rows whose targets are labels of the whole
+    vocabulary."""
+
     group: distributed.ProcessGroup
     rank: int  # in the group
     ends: Tensor  # [ranks]: the columns up to the end of each slice
@@ -70,6 +74,51 @@ class Ranks(NamedTuple):
     @property
     def number(self) -> int:
         return self.ends.shape[0]
+
+    def widest(self) -> int:
+        """Of the slices. (On a GPU this waits.)"""
+        return int(self.ends.diff(prepend=self.ends.new_zeros(1)).max())
+
+    def check_rows(self, student: Tensor, teacher: Teacher, targets: Tensor, options: RowOptions) -> None:
+        """Raises IndexError for a label that nobody has, on the CPU."""
+        if targets.device.type == "cpu":
+            whole = student.new_empty(1).expand(int(self.ends[-1]))
+            check_targets(LogitRows(whole, whole, targets, options))
+
+    def located(self, student: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The targets of this rank's slice; and the rank that has the label, or what else the target is.
+
+        A row whose label another rank has is given one here all the same, the first column: the verbs then have the sum
+        over the slice. `rows_forward` sees to the gradient there.
+        """
+        labelled = (targets != SKIP) & (targets != NO_LABEL)
+        owner = torch.bucketize(targets, self.ends, right=True)
+        owner = torch.where((targets < 0) | (owner == self.number), OUT_OF_RANGE, owner)
+        owner = torch.where(labelled, owner, targets)
+        first = self.ends[self.rank] - student.shape[-1]
+        local = torch.where(owner == self.rank, targets - first, torch.where(owner >= 0, 0, owner))
+        return local, owner
+
+    def rows_forward(
+        self, student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return rows_forward(self, student, teacher, *self.located(student, targets), kind, options)
+
+    def rows_fused(
+        self,
+        student: Tensor,
+        teacher: Sequence[Tensor],
+        targets: Tensor,
+        coef_soft: Tensor,
+        coef_hard: Tensor,
+        kind: str,
+        options: RowOptions,
+        out: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        local, owner = self.located(student, targets)
+        soft, hard, stats = rows_forward(self, student, teacher, local, owner, kind, options)
+        capped.rows_backward(student, teacher, local, stats, coef_soft, coef_hard, kind, options, out)
+        return soft, hard
 
 
 def ranks_of(student: Tensor, teacher: Teacher, options: KDOptions, eager: bool) -> Ranks:
@@ -115,11 +164,9 @@ def rows_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fused_kd.autograd.rows_loss` with the labels of the whole vocabulary as targets: the same bits on each rank, and
     the gradient of its slice."""
-    local, owner = _located(student, targets, ranks)
-    # (Native kernels know that the gradient of a vocabulary of one column is 0.)
-    if student.shape[-1] == 1 or with_parameters(rows.divergence, rows.parameters).family is not None:
-        rows = rows._replace(backend=pytorch.NAME)
-    tail = (teacher.kind, rows, *switches, *teacher.tensors, ranks, owner)
+    ranks.check_rows(student, teacher, targets, rows)
+    local, owner = ranks.located(student, targets)
+    tail = (teacher.kind, _of_slice(rows, student.shape[-1]), *switches, *teacher.tensors, ranks, owner)
     losses, soft, hard, _ = _MergedFunction.apply(student, local, coef_soft, coef_hard, symbolic, *tail)
     return losses, soft, hard
 
@@ -141,22 +188,42 @@ class _MergedFunction(_EagerFunction):
         return output
 
 
-def _located(student: Tensor, targets: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """The targets of this rank's slice; and the rank that has the label, or what else the target is.
+def linear_loss(ranks: Ranks, *arguments: Any) -> tuple[Tensor, ...]:
+    """The operator of this name of `linear_op.py`, for heads that are slices: its first three results."""
+    results: tuple[Tensor, ...] = _LinearFunction.apply(*arguments, ranks)
+    return results
 
-    A row whose label another rank has is given one here all the same, the first column: the verbs then have the sum
-    over the slice. `rows_forward` sees to the gradient there.
-    """
-    if targets.device.type == "cpu":
-        whole = student.new_empty(1).expand(int(ranks.ends[-1]))
-        options = RowOptions(1.0, 1.0, "forward_kl", 0.0, False, True, "torch")
-        check_targets(LogitRows(whole, whole, targets, options))
-    labelled = (targets != SKIP) & (targets != NO_LABEL)
-    owner = torch.bucketize(targets, ranks.ends, right=True)
-    owner = torch.where(labelled, torch.where((targets < 0) | (owner == ranks.number), OUT_OF_RANGE, owner), targets)
-    first = ranks.ends[ranks.rank] - student.shape[-1]
-    local = torch.where(owner == ranks.rank, targets - first, torch.where(owner >= 0, 0, owner))
-    return local, owner
+
+class _LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *arguments, ranks = inputs
+        output = _linear_results(ranks, *arguments)
+        linear_op.save_operands(ctx, tuple(arguments), output)
+        ctx.run = partial(_linear_results, ranks)
+        ctx.mark_non_differentiable(*output[1:3])
+        return output[:3]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return linear_op.backward(ctx, *grads)
+
+
+def _linear_results(ranks: Ranks, *arguments: Any) -> tuple[Tensor, ...]:
+    """Each rank has its slice's share in the gradient of the hidden states, which all have."""
+    (operands,) = linear_op.checked(linear_op.NAMES, arguments, read=True)
+    options = _of_slice(operands.options, operands.student.weight.shape[0])
+    results = linear_op.results_of(operands._replace(options=options), ranks)
+    of_hidden = results[linear_op.GRADIENTS][0]
+    if of_hidden.numel() > 0:
+        distributed.all_reduce(of_hidden, group=ranks.group)
+    return results
+
+
+def _of_slice(options: RowOptions, columns: int) -> RowOptions:
+    """(Native kernels know that the gradient of a vocabulary of one column is 0.)"""
+    family = with_parameters(options.divergence, options.parameters).family
+    return options._replace(backend=pytorch.NAME) if columns == 1 or family is not None else options
 
 
 def rows_forward(
@@ -273,7 +340,7 @@ class _Found(NamedTuple):
         own_loss, own_miss, own_sum = (v.gather(0, owner).squeeze(0) for v in (x["hard"], x[MISS], z))
         beside = of_ranks[:, MISS]  # what the other ranks have of q
         miss = torch.where(own_sum == 0, 1.0, beside + (1 - beside) * own_miss)
-        stats[:, STUDENT_MAX] = at[r]
+        stats[:, STUDENT_MAX] = torch.where(z[r] == 0, stats[:, STUDENT_MAX], at[r])  # 0 without a label, too
         stats[:, HARD_SUM] = _of_whole(z[r], q[r])
         # Where another rank has the label, the gradient at this one's first column is q1 as in all the others.
         plain = (first_column.to(stats.dtype) - at[r]).exp() / stats[:, HARD_SUM]

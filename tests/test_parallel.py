@@ -18,7 +18,7 @@ from support import INF, LOSS_RELATIVE, assert_gradient, assert_loss, make_label
 from test_divergences import KINDS, gradient_error_bound
 from torch import Tensor
 
-from fused_kd import FusedKDLoss, fused_kd_loss
+from fused_kd import FusedKDLoss, FusedLinearKDLoss, fused_kd_loss, fused_linear_kd_loss
 from fused_kd.divergences import JSD, CrossEntropy, Divergence, ForwardKL, LogitMSE
 from fused_kd.reference import kd_loss, soft_term
 
@@ -143,7 +143,9 @@ def test_with_the_options(options: dict[str, Any], backend: str) -> None:
     if "divergence" in options and backend != "torch":
         pytest.skip("the torch backend's")
     student, teacher = make_logits("wide", 2, 5, 300)
-    labels = make_labels(2, 5, vocabulary=300)
+    labels = make_labels(2, 5, vocabulary=300, ignored=0.4)
+    assert (labels == -100).any()
+    labels = labels.masked_fill(labels == -100, options.get("ignore_index", -100))
     check(student, teacher, labels, (64, 64, 100, 72), backend=backend, **options)
 
 
@@ -228,6 +230,60 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bytes_of(alpha=1.0, divergence="reverse_kl") == [8, 2800]
     assert bytes_of(alpha=1.0, divergence="logit_mse") == [8, 1200]
     assert bytes_of(alpha=1.0, divergence="jsd") == [8, 2400, 1600]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"recompute": True, "soft_on_ignored": True},
+        {"reduction": "none", "divergence": "reverse_kl"},
+        {"divergence": "jsd", "alpha": 1.0},
+        {"student_softcap": 5.0, "weights": torch.arange(14.0)},
+    ],
+    ids=",".join,
+)
+def test_from_hidden_states(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Of which all ranks have the whole gradient, and of the head their slice's."""
+    widths, rows, width = (1, 60, 37, 22), 14, 8
+    generator = torch.Generator().manual_seed(5)
+    x, w, b, y, v = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((rows, width), (sum(widths), width), (sum(widths),), (rows, width), (sum(widths), width))
+    )
+    labels = make_labels(rows, vocabulary=sum(widths))
+
+    call = {name: value for name, value in options.items() if name == "weights"}
+    made = {name: value for name, value in options.items() if name != "weights"}
+
+    def work(rank: int, group: Any) -> tuple[Tensor, ...]:
+        def own(x: Tensor) -> Tensor:
+            return x.split(widths)[rank].clone().requires_grad_()
+
+        hidden, weight, bias = x.clone().requires_grad_(), own(w), own(b)
+        loss_fn = FusedLinearKDLoss(process_group=group, chunk_rows=4, **made)
+        loss = parts(loss_fn(hidden, weight, y, own(v), labels, student_bias=bias, **call))
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias), torch.ones_like(loss) * 3)
+
+    how = {name: value for name, value in options.items() if name != "recompute"}
+    found = on_ranks(4, work)
+    exact = [z.double().requires_grad_() for z in (x, w, b)]
+    expected = kd_loss(exact[0] @ exact[1].T + exact[2], y.double() @ v.double().T, labels, **how)
+    expected_gradients = torch.autograd.grad(expected, exact, torch.ones_like(expected) * 3)
+    one = [z.clone().requires_grad_() for z in (x, w, b)]
+    loss = parts(fused_linear_kd_loss(*one[:2], y, v, labels, student_bias=one[2], **options))
+    of_one = torch.autograd.grad(loss, one, torch.ones_like(loss) * 3)
+
+    losses, hidden, weight, bias = zip(*found, strict=True)
+    for each in (losses, hidden):
+        assert all(torch.equal(z, each[0]) for z in each)
+    assert_loss(losses[0], expected.detach(), 1e-10 if dtype == torch.float64 else LOSS_RELATIVE)
+    for ours, single, right in zip(
+        (hidden[0], torch.cat(weight), torch.cat(bias)), of_one, expected_gradients, strict=True
+    ):
+        error, of_single = ((z.double() - right).norm() for z in (ours, single))
+        assert error <= 1.5 * of_single + (1e-12 if dtype == torch.float64 else 1e-6) * right.norm()
 
 
 def _of_a_process(rank: int, file: str) -> None:
