@@ -126,7 +126,8 @@ def fused_kd_loss(
             of the ranks, of any width, student and teacher cut alike; labels are those of the whole vocabulary. Every
             rank calls with the same positions, labels and weights, gets the loss over the whole vocabulary, to the
             same bits, and the gradient of its slice. Of one teacher's logits, and in eager mode. Divergences other than
-            the KLs, cross entropy and logit MSE take the torch backend.
+            the KLs, cross entropy and logit MSE take the torch backend. DTensors that are sharded on the vocabulary
+            say it by themselves; their loss is an ordinary tensor, the same on every rank.
         backend: "auto", "cpu", "triton", "cuda" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND,
             else the first that fits. `fused-kd info` lists them.
         num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as
@@ -181,10 +182,16 @@ def compute(
     options: KDOptions,
 ) -> Tensor | KDLossOutput:
     """`fused_kd_loss` with its options checked."""
-    if options.process_group is not None and torch.compiler.is_compiling():
+    distributed = options.process_group is not None or hasattr(student_logits, "full_tensor")
+    if distributed and torch.compiler.is_compiling():
         arguments = (student_logits, teacher_logits, labels, num_items, weights, teacher_weights, options)
         result: Tensor | KDLossOutput = torch.compiler.disable(compute)(*arguments)  # type: ignore[no-untyped-call]
         return result
+    if hasattr(student_logits, "full_tensor"):  # a DTensor
+        from fused_kd import parallel  # noqa: PLC0415  (PyTorch may be built without torch.distributed)
+
+        given = (student_logits, teacher_logits, labels, num_items, weights)
+        (student_logits, teacher_logits, labels, num_items, weights), options = parallel.of_dtensors(*given, options)
     check_student(student_logits, options)
     eager = plain(student_logits, *tensors_of(teacher_logits), labels, num_items, weights, teacher_weights)
     readable = eager and student_logits.device.type == "cpu"  # values, and without waiting for them

@@ -21,6 +21,7 @@ nothing is sent backward. A rank sends, in float32,
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -119,6 +120,36 @@ class Ranks(NamedTuple):
         soft, hard, stats = rows_forward(self, student, teacher, local, owner, kind, options)
         capped.rows_backward(student, teacher, local, stats, coef_soft, coef_hard, kind, options, out)
         return soft, hard
+
+
+def of_dtensors(
+    student: Any, teacher: Any, labels: Any, num_items: Any, weights: Any, options: KDOptions
+) -> tuple[tuple[Any, ...], KDOptions]:
+    """The local tensors of logits that are sharded on the vocabulary, and options with the group that they are sharded
+    over. Raises TypeError or ValueError for any other DTensor."""
+    mesh, placements = student.device_mesh, student.placements
+    sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    if len(sharded) != 1 or not placements[sharded[0]].is_shard(student.dim() - 1):
+        raise ValueError(
+            "student_logits is a DTensor, which must be sharded on the vocabulary, its last dimension, and on nothing "
+            f"else, got the placements {placements}; of logits sharded on other dimensions pass to_local(), whose loss "
+            "is that of this rank's positions"
+        )
+    if getattr(teacher, "placements", None) != placements or teacher.device_mesh != mesh:
+        got = getattr(teacher, "placements", type(teacher).__name__)
+        raise ValueError(
+            f"teacher_logits must be a DTensor with the placements {placements} of student_logits, got {got}"
+        )
+    others = []
+    for name, value in (("labels", labels), ("num_items", num_items), ("weights", weights)):
+        whole = not hasattr(value, "full_tensor")
+        if not whole and not all(placement.is_replicate() for placement in value.placements):
+            raise ValueError(f"{name} must be a whole tensor or a replicated DTensor, got {value.placements}")
+        others.append(value if whole else value.to_local())
+    group = mesh.get_group(sharded[0])
+    if options.process_group not in (None, group):
+        raise ValueError("process_group must be None, or the group that the DTensor student_logits is sharded over")
+    return (student.to_local(), teacher.to_local(), *others), replace(options, process_group=group)
 
 
 def ranks_of(student: Tensor, teacher: Teacher, options: KDOptions, eager: bool) -> Ranks:

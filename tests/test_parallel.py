@@ -315,6 +315,29 @@ def _compare(number: int, rank: int, group: Any) -> None:
         assert_loss(losses[0], expected.detach())
         assert exact.grad is not None
         assert_gradient(torch.cat(gradients, -1), exact.grad)
+        if number == 4:
+            _compare_dtensors(student.to(dtype), teacher, labels, expected.detach(), exact.grad)
+
+
+def _compare_dtensors(student: Tensor, teacher: Tensor, labels: Tensor, expected: Tensor, exact: Tensor) -> None:
+    # (PyTorch may be built without.)
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor  # noqa: PLC0415
+
+    mesh = init_device_mesh("cpu", (4,))
+    s, t = (distribute_tensor(x, mesh, [Shard(2)]) for x in (student, teacher))
+    s.requires_grad_()
+    loss = parts(fused_kd_loss(s, t, distribute_tensor(labels, mesh, [Replicate()]), temperature=4.0))
+    loss.backward()
+    assert type(loss) is Tensor
+    assert_loss(loss.detach(), expected)
+    assert isinstance(s.grad, DTensor)
+    assert s.grad.placements == s.placements
+    assert_gradient(s.grad.full_tensor(), exact)
+    with pytest.raises(ValueError, match="must be sharded on the vocabulary"):
+        fused_kd_loss(distribute_tensor(student, mesh, [Shard(0)]), t, labels)
+    with pytest.raises(ValueError, match="teacher_logits must be a DTensor with the placements"):
+        fused_kd_loss(s, teacher, labels)
 
 
 def test_processes(tmp_path: Path) -> None:
