@@ -212,11 +212,13 @@ def compute(
     dtype, *_ = row_dtypes(teacher.kind, student_logits, teacher.tensors)
     counts = counted(student_logits, labels, num_items, weights, options, dtype, eager)
     positions = student_logits.shape[:-1] if options.reduction == "none" else None
+    entropies_of = row_entropies
     run = partial(rows_loss, eager and not any(map(lazy, (student_logits, counts.targets, *teacher.tensors))))
     if options.process_group is not None:
         from fused_kd import parallel  # noqa: PLC0415  (PyTorch may be built without torch.distributed)
 
-        run = partial(parallel.rows_loss, parallel.ranks_of(student_logits, teacher, options, eager))
+        ranks = parallel.ranks_of(student_logits, teacher, options, eager)
+        run, entropies_of = partial(parallel.rows_loss, ranks), ranks.row_entropies
     loss, soft, hard = run(
         student_logits,
         teacher,
@@ -234,7 +236,7 @@ def compute(
         return loss
     of_both: tuple[Tensor, ...] = ()
     if options.entropies:
-        of_both = row_entropies(
+        of_both = entropies_of(
             student_logits.detach(), teacher, counts.targets, rows._replace(backend=options.backend), symbolic
         )
     return KDLossOutput(

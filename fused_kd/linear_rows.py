@@ -149,7 +149,8 @@ def linear_rows(
         if read:
             piece = Teacher(teacher.kind, (*(_taken(each, rows) for each in teacher.tensors), *projected))
         if entropies:
-            of_both[0][rows], of_both[1][rows] = row_entropies(s, piece, target, options, None)
+            of_piece = row_entropies if ranks is None else ranks.row_entropies
+            of_both[0][rows], of_both[1][rows] = of_piece(s, piece, target, options, None)
         if any(wanted):
             g = s if over else places[-1]
             coefs = coef_soft[rows], coef_hard[rows]

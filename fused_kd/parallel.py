@@ -17,6 +17,8 @@ nothing is sent backward. A rank sends, in float32,
     forward KL, cross entropy   24 bytes a row          reverse KL   28          logit MSE   12
     the other divergences       24, and 16 of the second visit
     the hard term               16, of which 4 are shared with the soft one but for logit MSE
+                                and 8 with label smoothing
+    each of the two entropies    24
     the widths of the slices     8 bytes a call
 """
 
@@ -49,11 +51,12 @@ from fused_kd.backends.rows import (
     RowOptions,
     check_targets,
     exact_dtype,
+    with_itself,
 )
 from fused_kd.divergences import ForwardKL, LogitMSE, ReverseKL, divergence_of, with_parameters
 from fused_kd.options import KDOptions
 from fused_kd.positions import Coefficient
-from fused_kd.teachers import LOGITS, Teacher
+from fused_kd.teachers import LOGITS, Teacher, backend_name
 
 # What a rank sends of a row: the term, and what the terms of all are put together from.
 _OF_SOFT = (STUDENT_MAX, TEACHER_MAX, STUDENT_SUM, TEACHER_SUM, LOG_RATIO)
@@ -71,14 +74,29 @@ class Ranks(NamedTuple):
     group: distributed.ProcessGroup
     rank: int  # in the group
     ends: Tensor  # [ranks]: the columns up to the end of each slice
+    label_smoothing: float  # over the whole vocabulary
 
     @property
     def number(self) -> int:
         return self.ends.shape[0]
 
+    @property
+    def widths(self) -> Tensor:
+        return self.ends.diff(prepend=self.ends.new_zeros(1))
+
     def widest(self) -> int:
         """Of the slices. (On a GPU this waits.)"""
-        return int(self.ends.diff(prepend=self.ends.new_zeros(1)).max())
+        return int(self.widths.max())
+
+    def of_slice(self, options: RowOptions, columns: int) -> RowOptions:
+        """Those of the backward verb: as much of label smoothing as the slice is of the vocabulary. (On a GPU that
+        waits.)"""
+        # Native kernels know that the gradient of a vocabulary of one column is 0.
+        if columns == 1 or with_parameters(options.divergence, options.parameters).family is not None:
+            options = options._replace(backend=pytorch.NAME)
+        if self.label_smoothing > 0:
+            options = options._replace(label_smoothing=self.label_smoothing * columns / int(self.ends[-1]))
+        return options
 
     def check_rows(self, student: Tensor, teacher: Teacher, targets: Tensor, options: RowOptions) -> None:
         """Raises IndexError for a label that nobody has, on the CPU."""
@@ -120,6 +138,23 @@ class Ranks(NamedTuple):
         soft, hard, stats = rows_forward(self, student, teacher, local, owner, kind, options)
         capped.rows_backward(student, teacher, local, stats, coef_soft, coef_hard, kind, options, out)
         return soft, hard
+
+    def row_entropies(
+        self, student: Tensor, teacher: Teacher, targets: Tensor, rows: RowOptions, symbolic: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`fused_kd.entropies`, of whole rows."""
+        local, owner = self.located(student, targets)
+        found = []
+        for logits, temperature, caps in (
+            (student, rows.temperature, rows.caps[:2]),
+            (teacher.tensors[0], rows.teacher_temperature, rows.caps[2:]),
+        ):
+            itself = with_itself(rows, temperature)._replace(caps=caps * 2)
+            if not caps:  # capped logits have another dtype
+                backend = backend_name(rows.backend, logits, Teacher(LOGITS, (logits,)), itself.divergence)
+                itself = itself._replace(backend=backend)
+            found.append(rows_forward(self, logits, [logits], local, owner, LOGITS, itself)[0])
+        return found[0], found[1]
 
 
 def of_dtensors(
@@ -164,9 +199,6 @@ def ranks_of(student: Tensor, teacher: Teacher, options: KDOptions, eager: bool)
             "process_group takes one teacher's logits, cut as the student's; several teachers and a SparseTeacher are "
             "not supported with it"
         )
-    for name in ("label_smoothing", "entropies"):
-        if getattr(options, name):
-            raise ValueError(f"{name} is not supported with process_group; leave one of the two out")
     if options.vocab_mismatch != "error":
         raise ValueError(
             'vocab_mismatch="truncate" has no meaning with process_group, where each rank has a slice of both '
@@ -179,7 +211,7 @@ def ranks_of(student: Tensor, teacher: Teacher, options: KDOptions, eager: bool)
         )
     width = torch.full((1,), student.shape[-1], dtype=torch.int64, device=student.device)
     widths = _gathered(width, group)
-    return Ranks(group, group.rank(), widths.flatten().cumsum(0))
+    return Ranks(group, group.rank(), widths.flatten().cumsum(0), options.label_smoothing)
 
 
 def rows_loss(
@@ -197,7 +229,7 @@ def rows_loss(
     the gradient of its slice."""
     ranks.check_rows(student, teacher, targets, rows)
     local, owner = ranks.located(student, targets)
-    tail = (teacher.kind, _of_slice(rows, student.shape[-1]), *switches, *teacher.tensors, ranks, owner)
+    tail = (teacher.kind, ranks.of_slice(rows, student.shape[-1]), *switches, *teacher.tensors, ranks, owner)
     losses, soft, hard, _ = _MergedFunction.apply(student, local, coef_soft, coef_hard, symbolic, *tail)
     return losses, soft, hard
 
@@ -243,18 +275,12 @@ class _LinearFunction(torch.autograd.Function):
 def _linear_results(ranks: Ranks, *arguments: Any) -> tuple[Tensor, ...]:
     """Each rank has its slice's share in the gradient of the hidden states, which all have."""
     (operands,) = linear_op.checked(linear_op.NAMES, arguments, read=True)
-    options = _of_slice(operands.options, operands.student.weight.shape[0])
+    options = ranks.of_slice(operands.options, operands.student.weight.shape[0])
     results = linear_op.results_of(operands._replace(options=options), ranks)
     of_hidden = results[linear_op.GRADIENTS][0]
     if of_hidden.numel() > 0:
         distributed.all_reduce(of_hidden, group=ranks.group)
     return results
-
-
-def _of_slice(options: RowOptions, columns: int) -> RowOptions:
-    """(Native kernels know that the gradient of a vocabulary of one column is 0.)"""
-    family = with_parameters(options.divergence, options.parameters).family
-    return options._replace(backend=pytorch.NAME) if columns == 1 or family is not None else options
 
 
 def rows_forward(
@@ -271,6 +297,9 @@ def rows_forward(
     first = options
     if divergence.family is not None:
         first = options._replace(divergence=ForwardKL.name, parameters=())
+    smoothed = options.hard and ranks.label_smoothing > 0
+    if smoothed:  # entirely: hard is then the slice's log-sum-exp less its mean
+        first = first._replace(label_smoothing=1.0)
     soft, hard, stats = capped.rows_forward(student, teacher, targets, kind, first)
     sent: dict[int | str, Tensor] = {}
     if options.soft:
@@ -280,10 +309,14 @@ def rows_forward(
         sent |= {"soft": soft} | {i: stats[:, i] for i in needed}
     if options.hard:
         sent |= {"hard": hard} | {i: stats[:, i] for i in _OF_HARD}
+        if smoothed:
+            logit = _logits_at(student, targets.clamp(min=0), options).to(stats.dtype)
+            nll = pytorch.label_loss(stats[:, MISS] * stats[:, HARD_SUM], stats[:, STUDENT_MAX] - logit)
+            sent |= {"hard": nll, "logit": logit, "above mean": hard}
     received = _gathered(torch.stack(list(sent.values())), ranks.group).to(exact_dtype(student.device))
     slices = dict(zip(sent, received.unbind(1), strict=True))
 
-    found = _Found(slices, owner, ranks.rank, options)
+    found = _Found(slices, owner, ranks, options)
     whole = torch.zeros((len(targets), STATS), dtype=received.dtype, device=student.device)
     if isinstance(divergence, LogitMSE) and options.soft:
         soft = found.logit_mse(divergence, whole)
@@ -294,7 +327,7 @@ def rows_forward(
             sums = _gathered(own.to(stats.dtype), ranks.group).to(whole.dtype).sum(0)
             soft, whole[:, GROWTH], whole[:, TOP] = pytorch.concluded(sums)
     if options.hard:
-        hard = found.hard(_first_column(student, options), whole)
+        hard = found.hard(_logits_at(student, torch.zeros_like(targets), options), whole)
     dtype = stats.dtype
     return soft.to(dtype), hard.to(dtype), whole.to(dtype)
 
@@ -313,9 +346,9 @@ def _term_sums(
     return torch.cat(sums, 1)
 
 
-def _first_column(student: Tensor, options: RowOptions) -> Tensor:
-    """The logits there, [N]."""
-    logits = student[..., 0].reshape(-1)
+def _logits_at(student: Tensor, columns: Tensor, options: RowOptions) -> Tensor:
+    """One of each row, [N]."""
+    logits = student.gather(-1, columns.view(*student.shape[:-1], 1)).flatten()
     return capped.Cap(*options.caps[:2]).of(logits) if options.caps else logits
 
 
@@ -324,7 +357,7 @@ class _Found(NamedTuple):
 
     slices: dict[int | str, Tensor]
     owner: Tensor
-    rank: int
+    ranks: Ranks
     options: RowOptions
 
     def soft(self, divergence: str, stats: Tensor) -> Tensor:
@@ -346,7 +379,7 @@ class _Found(NamedTuple):
         share = q if divergence == ReverseKL.name else p
         value = value + torch.where((share == 0) | empty | self._skipped, 0.0, share * x["soft"]).sum(0)
 
-        r = self.rank
+        r = self.ranks.rank
         stats[:, STUDENT_MAX], stats[:, TEACHER_MAX] = at_s[r], at_t[r]
         stats[:, STUDENT_SUM], stats[:, TEACHER_SUM] = _of_whole(z_s[r], q[r]), _of_whole(z_t[r], p[r])
         whole = of_ranks[:, STUDENT_MAX] - of_ranks[:, TEACHER_MAX] + of_ranks[:, LOG_RATIO]
@@ -361,7 +394,8 @@ class _Found(NamedTuple):
         return value
 
     def hard(self, first_column: Tensor, stats: Tensor) -> Tensor:
-        x, r, labelled = self.slices, self.rank, self.owner >= 0
+        """Likewise."""
+        x, r, labelled = self.slices, self.ranks.rank, self.owner >= 0
         z = x[HARD_SUM]
         at = torch.where(z == 0, 0.0, x[STUDENT_MAX])
         logs = at + z.log()
@@ -375,8 +409,16 @@ class _Found(NamedTuple):
         stats[:, HARD_SUM] = _of_whole(z[r], q[r])
         # Where another rank has the label, the gradient at this one's first column is q1 as in all the others.
         plain = (first_column.to(stats.dtype) - at[r]).exp() / stats[:, HARD_SUM]
-        stats[:, MISS] = torch.where(self.owner == r, miss, -plain)
-        return value + torch.where(labelled & (own_sum != 0), own_loss, 0.0)
+        smoothing = self.ranks.label_smoothing
+        stats[:, MISS] = torch.where(self.owner == r, miss - smoothing, -plain)
+        nll = value + torch.where(labelled & (own_sum != 0), own_loss, 0.0)
+        if smoothing == 0:
+            return nll
+        stats[:, MISS] += self.options.label_smoothing  # the slice's, with which a verb's gradient at a label begins
+        share = (self.ranks.widths.to(stats.dtype) / self.ranks.ends[-1]).unsqueeze(1)
+        mean = (share * torch.where(z == 0, -torch.inf, logs - x["above mean"])).sum(0)
+        smoothed = nll + smoothing * (x["logit"].gather(0, owner).squeeze(0) - mean)
+        return torch.where(labelled & (nll != torch.inf), smoothed, nll)  # inf - inf would be no loss
 
     def logit_mse(self, divergence: LogitMSE, stats: Tensor) -> Tensor:
         """Mean and squares of s/tau - t/tau_t over all columns, from those of the slices: Chan, Golub and LeVeque."""

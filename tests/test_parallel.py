@@ -133,6 +133,8 @@ def test_a_nearly_converged_student(tau: float, sigma: float, backend: str) -> N
         {"alpha": 0.3, "soft_on_ignored": True, "reduction": "batchmean"},
         {"alpha": 0.9, "teacher_temperature": 3.5, "weights": torch.arange(10.0).reshape(2, 5)},
         {"alpha": 0.0, "ignore_index": 7},
+        {"label_smoothing": 0.1, "soft_on_ignored": True},
+        {"label_smoothing": 1.0, "alpha": 0.0, "student_softcap": 20.0, "reduction": "none"},
         {"alpha": 1.0, "num_items": 7, "return_parts": True},
         {"student_softcap": 20.0, "teacher_logit_scale": 0.7},
         {"student_softcap": 20.0, "divergence": JSD(0.3)},
@@ -172,6 +174,39 @@ def test_slices_of_nothing(divergence: Any, backend: str) -> None:
         assert_gradient(torch.where(bad | exact.isnan(), 0.0, gradient), kept)
 
     check(student, teacher, labels, widths, divergence=divergence, backend=backend, reduction="none", seen=seen)
+
+
+def test_label_smoothing_over_columns_that_are_ruled_out(backend: str) -> None:
+    """It is +inf, in whichever slice they are; the label's own too."""
+    student, teacher = (x.clone() for x in make_logits("wide", 4, 90))
+    student[0, 3] = student[1, 80] = -INF
+    student[2, :30] = teacher[2, :30] = -INF
+    labels = torch.tensor([3, 70, 40, 5])
+
+    def work(rank: int, group: Any) -> Tensor:
+        logits = (x.split((30, 60), -1)[rank] for x in (student, teacher))
+        how: dict[str, Any] = {"label_smoothing": 0.1, "reduction": "none", "process_group": group, "backend": backend}
+        return parts(fused_kd_loss(*logits, labels, **how))
+
+    for loss in on_ranks(2, work):
+        assert (loss[:3] == INF).all()
+        assert loss[3].isfinite()
+
+
+@pytest.mark.parametrize("cap", [{}, {"teacher_softcap": 9.0}], ids=str)
+def test_entropies(cap: dict[str, Any], backend: str) -> None:
+    student, teacher = make_logits("wide", 2, 5, 300)
+    labels = make_labels(2, 5, vocabulary=300)
+    how: dict[str, Any] = {"entropies": True, "return_parts": True, "teacher_temperature": 3.0, "backend": backend}
+    expected = fused_kd_loss(student.double(), teacher.double(), labels, **{**how, "backend": "torch"}, **cap)
+
+    def work(rank: int, group: Any) -> Any:
+        logits = (x.split((1, 199, 100), -1)[rank] for x in (student, teacher))
+        return fused_kd_loss(*logits, labels, process_group=group, **how, **cap)
+
+    for found in on_ranks(3, work):
+        for ours, right in zip(found, expected, strict=True):
+            assert_loss(ours, right)
 
 
 def test_rows_that_do_not_count_are_not_read(backend: str) -> None:
@@ -229,6 +264,7 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bytes_of(alpha=0.0) == [8, 1600]
     assert bytes_of(alpha=1.0, divergence="reverse_kl") == [8, 2800]
     assert bytes_of(alpha=1.0, divergence="logit_mse") == [8, 1200]
+    assert bytes_of(label_smoothing=0.1) == [8, 4400]
     assert bytes_of(alpha=1.0, divergence="jsd") == [8, 2400, 1600]
 
 
@@ -240,6 +276,7 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
         {"recompute": True, "soft_on_ignored": True},
         {"reduction": "none", "divergence": "reverse_kl"},
         {"divergence": "jsd", "alpha": 1.0},
+        {"label_smoothing": 0.2},
         {"student_softcap": 5.0, "weights": torch.arange(14.0)},
     ],
     ids=",".join,
@@ -364,8 +401,6 @@ def test_under_compile() -> None:
     ("options", "error", "words"),
     [
         ({"process_group": "tp"}, TypeError, "process_group must be a torch.distributed.ProcessGroup, got str"),
-        ({"label_smoothing": 0.1}, ValueError, "label_smoothing is not supported with process_group"),
-        ({"entropies": True, "return_parts": True}, ValueError, "entropies is not supported with process_group"),
         ({"vocab_mismatch": "truncate"}, ValueError, 'vocab_mismatch="truncate" has no meaning with process_group'),
         ({"divergence": "jsd", "backend": "cpu"}, ValueError, 'with process_group it takes "torch", or "auto"'),
         ({"several": 2}, ValueError, "process_group takes one teacher's logits"),

@@ -234,11 +234,9 @@ class _Chunk:
         others = e_1.scatter(1, self.label, 0.0).sum(-1, dtype=final)
         logit = self.s.gather(1, self.label).squeeze(1).to(final)
         below = max_s.squeeze(1).to(final) - logit
-        own = (-below).exp()
-        total = others + own
+        total = others + (-below).exp()
         stat[:, HARD_SUM], stat[:, MISS] = total, others / total
-        # From the other columns' sum: a sure and right student keeps its digits.
-        nll = torch.where(below < 30, (others / own).log1p(), below + total.log())
+        nll = label_loss(others, below)
         smoothing = self.options.label_smoothing
         if smoothing > 0:
             smoothed = nll + smoothing * (logit - self.s.mean(-1, dtype=final))
@@ -330,6 +328,13 @@ class _RestChunk(_Chunk):
     def _soft_gradient(self, stat: Tensor) -> Tensor:
         e = self._exponentials(stat[..., TEACHER_MAX])
         return torch.where(e == 0, 0.0, e / (stat[..., STUDENT_SUM].to(e.dtype) + stat[..., LOG_RATIO]))
+
+
+def label_loss(others: Tensor, below: Tensor) -> Tensor:
+    """-log q1 at the label, which lies `below` the point from where the sum of all others is measured: a sure and right
+    student keeps its digits."""
+    own = (-below).exp()
+    return torch.where(below < 30, (others / own).log1p(), below + (others + own).log())
 
 
 def hard_gradient(s: Tensor, is_label: Tensor, stat: Tensor, label_smoothing: float, columns: int) -> Tensor:
