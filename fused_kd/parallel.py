@@ -66,6 +66,9 @@ _OF_HARD = (STUDENT_MAX, HARD_SUM, MISS)
 # A slice with less than this of p or q is taken to have it: kernels divide sums by each other, in float32.
 _LEAST = 2.0**-60
 
+# No backend measures a row from a lower point, if it has a logit that counts.
+_NOTHING = -1e28
+
 
 class Ranks(NamedTuple):
     """Whose methods are the verbs of `fused_kd.capped`, for slices of rows whose targets are labels of the whole
@@ -301,6 +304,11 @@ def rows_forward(
     if smoothed:  # entirely: hard is then the slice's log-sum-exp less its mean
         first = first._replace(label_smoothing=1.0)
     soft, hard, stats = capped.rows_forward(student, teacher, targets, kind, first)
+    firsts = torch.zeros_like(targets)
+    first_column = _logits_at(student, firsts, options.caps[:2])
+    _say_nothing(stats, STUDENT_MAX, (STUDENT_SUM, HARD_SUM), first_column)
+    if options.soft:
+        _say_nothing(stats, TEACHER_MAX, (TEACHER_SUM,), _logits_at(teacher[0], firsts, options.caps[2:]))
     sent: dict[int | str, Tensor] = {}
     if options.soft:
         needed: tuple[int, ...] = _OF_LOGIT_MSE if isinstance(divergence, LogitMSE) else _OF_SOFT
@@ -310,7 +318,7 @@ def rows_forward(
     if options.hard:
         sent |= {"hard": hard} | {i: stats[:, i] for i in _OF_HARD}
         if smoothed:
-            logit = _logits_at(student, targets.clamp(min=0), options).to(stats.dtype)
+            logit = _logits_at(student, targets.clamp(min=0), options.caps[:2]).to(stats.dtype)
             nll = pytorch.label_loss(stats[:, MISS] * stats[:, HARD_SUM], stats[:, STUDENT_MAX] - logit)
             sent |= {"hard": nll, "logit": logit, "above mean": hard}
     received = _gathered(torch.stack(list(sent.values())), ranks.group).to(exact_dtype(student.device))
@@ -327,7 +335,7 @@ def rows_forward(
             sums = _gathered(own.to(stats.dtype), ranks.group).to(whole.dtype).sum(0)
             soft, whole[:, GROWTH], whole[:, TOP] = pytorch.concluded(sums)
     if options.hard:
-        hard = found.hard(_logits_at(student, torch.zeros_like(targets), options), whole)
+        hard = found.hard(first_column, whole)
     dtype = stats.dtype
     return soft.to(dtype), hard.to(dtype), whole.to(dtype)
 
@@ -346,10 +354,18 @@ def _term_sums(
     return torch.cat(sums, 1)
 
 
-def _logits_at(student: Tensor, columns: Tensor, options: RowOptions) -> Tensor:
+def _logits_at(logits: Tensor, columns: Tensor, caps: tuple[float, ...]) -> Tensor:
     """One of each row, [N]."""
-    logits = student.gather(-1, columns.view(*student.shape[:-1], 1)).flatten()
-    return capped.Cap(*options.caps[:2]).of(logits) if options.caps else logits
+    found = logits.gather(-1, columns.view(*logits.shape[:-1], 1)).flatten()
+    return capped.Cap(*caps).of(found) if caps else found
+
+
+def _say_nothing(stats: Tensor, point: int, sums: tuple[int, ...], first_column: Tensor) -> None:
+    """Makes sums of 0 of a slice of -inf, as the torch and native backends have them. Triton's are NaN, and its point
+    is that of a slice of NaN, too: the first column tells the two apart."""
+    nothing = (stats[:, point] <= _NOTHING) & (first_column <= _NOTHING)
+    for i in sums:
+        stats[:, i] = torch.where(nothing & stats[:, i].isnan(), 0.0, stats[:, i])
 
 
 class _Found(NamedTuple):

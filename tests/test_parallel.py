@@ -209,6 +209,19 @@ def test_entropies(cap: dict[str, Any], backend: str) -> None:
             assert_loss(ours, right)
 
 
+def test_a_nan_in_one_slice(backend: str) -> None:
+    student, teacher = (x.clone() for x in make_logits("wide", 4, 90))
+    student[0, :30] = student[1, 80] = teacher[2, 30:] = torch.nan
+    labels = torch.tensor([3, 70, 40, 5])
+
+    def work(rank: int, group: Any) -> Tensor:
+        logits = (x.split((30, 60), -1)[rank] for x in (student, teacher))
+        return parts(fused_kd_loss(*logits, labels, reduction="none", process_group=group, backend=backend))
+
+    for loss in on_ranks(2, work):
+        assert loss.isnan().tolist() == [True, True, True, False]
+
+
 def test_rows_that_do_not_count_are_not_read(backend: str) -> None:
     student, teacher = (x.clone() for x in make_logits("wide", 4, 90))
     student[1], teacher[1, :30] = torch.nan, INF
