@@ -41,7 +41,7 @@ def rows_forward(
         return teachers.rows_forward(student, teacher, targets, kind, options)
     teachers.check_rows(student, Teacher(kind, tuple(teacher)), targets, options)
     soft, hard, stats = teachers.new_results(student, teacher, targets, kind)
-    for z, t, of_piece, _, span in _pieces(student, teacher, kind, options):
+    for z, t, of_piece, _, span in visited(student, teacher, kind, options):
         soft[span], hard[span], stats[span] = teachers.rows_forward(z, t, targets[span], kind, of_piece)
     return soft, hard, stats
 
@@ -60,7 +60,7 @@ def rows_backward(
     if not options.caps:
         return teachers.rows_backward(student, teacher, targets, stats, grad_soft, grad_hard, kind, options, out)
     slope = _caps(options)[0].slope
-    for z, t, of_piece, index, span in _pieces(student, teacher, kind, options):
+    for z, t, of_piece, index, span in visited(student, teacher, kind, options):
         gradient = torch.empty_like(z)
         dtype, stats_dtype, _ = teachers.row_dtypes(kind, z, t)
         vectors = stats[span].to(stats_dtype), grad_soft[span].to(dtype), grad_hard[span].to(dtype)
@@ -83,7 +83,7 @@ def rows_fused(
         return teachers.rows_fused(student, teacher, targets, coef_soft, coef_hard, kind, options, out)
     slope = _caps(options)[0].slope
     soft, hard, _ = teachers.new_results(student, teacher, targets, kind)
-    for z, t, of_piece, index, span in _pieces(student, teacher, kind, options):
+    for z, t, of_piece, index, span in visited(student, teacher, kind, options):
         gradient = torch.empty_like(z)
         coefs = coef_soft[span], coef_hard[span]
         soft[span], hard[span] = teachers.rows_fused(z, t, targets[span], *coefs, kind, of_piece, gradient)
@@ -95,7 +95,7 @@ def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, ki
     if not options.caps:
         return teachers.rows_entropy(student, teacher, targets, kind, options)
     result, *_ = teachers.new_results(student, teacher, targets, kind)
-    for z, t, of_piece, _, span in _pieces(student, teacher, kind, options):
+    for z, t, of_piece, _, span in visited(student, teacher, kind, options):
         result[span] = teachers.rows_entropy(z, t, targets[span], kind, of_piece)
     return result
 
@@ -105,7 +105,7 @@ def _caps(options: RowOptions) -> tuple[Cap, Cap]:
     return Cap(*options.caps[:2]), Cap(*options.caps[2:])
 
 
-def _pieces(
+def visited(
     student: Tensor, teacher: Sequence[Tensor], kind: str, options: RowOptions
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...], RowOptions, tuple[int | slice, ...], slice]]:
     """The student's capped logits, the teacher's tensors, options without caps; what indexes them, and which rows."""

@@ -4,7 +4,8 @@ Everything here but the two tensors of logits is a vector with one number a row,
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from fused_kd.entropies import row_entropies
 from fused_kd.options import Ensemble, KDOptions, Reduction, VocabMismatch
 from fused_kd.positions import Coefficient, Counted, counted, known
 from fused_kd.teachers import TeacherLogits, backend_name, row_dtypes, teacher_of, tensors_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class KDLossOutput(NamedTuple):
@@ -67,6 +71,7 @@ def fused_kd_loss(
     inplace: bool = KDOptions.inplace,
     return_parts: bool = KDOptions.return_parts,
     entropies: bool = KDOptions.entropies,
+    process_group: "ProcessGroup | None" = KDOptions.process_group,
     backend: str = KDOptions.backend,
     num_items: float | Tensor | None = None,
     weights: Tensor | None = None,
@@ -117,6 +122,12 @@ def fused_kd_loss(
         return_parts: return a KDLossOutput.
         entropies: with return_parts, the entropies of student and teacher too: each logit is read once more. Of several
             teachers that of their mean, of a SparseTeacher that of its classes.
+        process_group: tensor parallelism: the logits are this rank's slice of the vocabulary. Slices lie in the order
+            of the ranks, of any width, student and teacher cut alike; labels are those of the whole vocabulary. Every
+            rank calls with the same positions, labels and weights, gets the loss over the whole vocabulary, to the
+            same bits, and the gradient of its slice. Of one teacher's logits, and in eager mode. Divergences other than
+            the KLs, cross entropy and logit MSE take the torch backend. DTensors that are sharded on the vocabulary
+            say it by themselves; their loss is an ordinary tensor, the same on every rank.
         backend: "auto", "cpu", "triton", "cuda" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND,
             else the first that fits. `fused-kd info` lists them.
         num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as
@@ -155,6 +166,7 @@ def fused_kd_loss(
         inplace=inplace,
         return_parts=return_parts,
         entropies=entropies,
+        process_group=process_group,
         backend=backend,
     )
     return compute(student_logits, teacher_logits, labels, num_items, weights, teacher_weights, options)
@@ -170,6 +182,16 @@ def compute(
     options: KDOptions,
 ) -> Tensor | KDLossOutput:
     """`fused_kd_loss` with its options checked."""
+    distributed = options.process_group is not None or hasattr(student_logits, "full_tensor")
+    if distributed and torch.compiler.is_compiling():
+        arguments = (student_logits, teacher_logits, labels, num_items, weights, teacher_weights, options)
+        result: Tensor | KDLossOutput = torch.compiler.disable(compute)(*arguments)  # type: ignore[no-untyped-call]
+        return result
+    if hasattr(student_logits, "full_tensor"):  # a DTensor
+        from fused_kd import parallel  # noqa: PLC0415  (PyTorch may be built without torch.distributed)
+
+        given = (student_logits, teacher_logits, labels, num_items, weights)
+        (student_logits, teacher_logits, labels, num_items, weights), options = parallel.of_dtensors(*given, options)
     check_student(student_logits, options)
     eager = plain(student_logits, *tensors_of(teacher_logits), labels, num_items, weights, teacher_weights)
     readable = eager and student_logits.device.type == "cpu"  # values, and without waiting for them
@@ -189,8 +211,14 @@ def compute(
     rows, symbolic = row_options(options, divergence, backend, eager)
     dtype, *_ = row_dtypes(teacher.kind, student_logits, teacher.tensors)
     counts = counted(student_logits, labels, num_items, weights, options, dtype, eager)
-    loss, *terms = rows_loss(
-        eager and not any(map(lazy, (student_logits, counts.targets, *teacher.tensors))),
+    plainly = eager and not any(map(lazy, (student_logits, counts.targets, *teacher.tensors)))
+    run, entropies_of = partial(rows_loss, plainly), row_entropies
+    if options.process_group is not None:
+        from fused_kd import parallel  # noqa: PLC0415  (PyTorch may be built without torch.distributed)
+
+        ranks = parallel.ranks_of(student_logits, teacher, options, eager)
+        run, entropies_of = partial(parallel.rows_loss, ranks), ranks.row_entropies
+    loss, *terms = run(
         student_logits,
         teacher,
         counts.targets,
@@ -203,7 +231,7 @@ def compute(
     )
     if options.entropies:
         auto = rows._replace(backend=options.backend)
-        terms += row_entropies(student_logits.detach(), teacher, counts.targets, auto, symbolic)
+        terms += entropies_of(student_logits.detach(), teacher, counts.targets, auto, symbolic)
     return output(loss, terms, counts, student_logits.shape[:-1], options)
 
 

@@ -2,6 +2,7 @@
 
 import numbers
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -73,7 +74,9 @@ def fused_linear_kd_loss(
             does not depend on it beyond rounding.
         recompute: keep no gradient between forward and backward, which projects everything again. reduction="none"
             always does, since its upstream gradient is not one number.
-        options: those of `fused_kd_loss`, with its defaults; inplace=True has no meaning here.
+        options: those of `fused_kd_loss`, with its defaults; inplace=True has no meaning here. With `process_group`
+            weights and biases are this rank's slice of the vocabulary, and the hidden states are whole; so is their
+            gradient, which is summed over the ranks here, in float32 (by nobody else, then).
 
     Returns:
         As `fused_kd_loss` does.
@@ -110,6 +113,10 @@ def compute_linear(
     options: KDOptions,
 ) -> Tensor | KDLossOutput:
     """`fused_linear_kd_loss` with its options checked: hidden states, weight, bias; of the teacher its logits too."""
+    if options.process_group is not None and torch.compiler.is_compiling():
+        arguments = (given_student, given_teacher, labels, num_items, weights, teacher_weights, linear, options)
+        result: Tensor | KDLossOutput = torch.compiler.disable(compute_linear)(*arguments)  # type: ignore[no-untyped-call]
+        return result
     check_linear(linear, options)
     student, heads, teacher_logits = _head("student", *given_student), _heads(*given_teacher), given_teacher[3]
     like, name = student.logits_like(), "teacher_logits"
@@ -139,7 +146,12 @@ def compute_linear(
     else:
         heads = []
     summed, row = options.reduction != "none", torch.empty_like(counts.targets, dtype=dtype)
-    results: tuple[Tensor, ...] = linear_loss(
+    run = linear_loss
+    if options.process_group is not None:
+        from fused_kd import parallel  # noqa: PLC0415  (PyTorch may be built without torch.distributed)
+
+        run = partial(parallel.linear_loss, parallel.ranks_of(like, teacher, options, eager))
+    results: tuple[Tensor, ...] = run(
         *student[:3],
         [*given, *(head.hidden.detach() for head in heads)],
         [head.weight.detach() for head in heads],

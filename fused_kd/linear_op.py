@@ -6,7 +6,7 @@ gradient may then be one number a row.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from fused_kd.linear_rows import Head, Heads, linear_rows, product_dtype
 from fused_kd.operands import check_vectors, with_options
 from fused_kd.ops import no_second_derivative, operator
 from fused_kd.saving import save, saved
+
+if TYPE_CHECKING:
+    from fused_kd.parallel import Ranks
 
 _BLOCK = 1 << 24  # elements of a gradient that are rounded at a time
 
@@ -43,11 +46,12 @@ _SIGNATURE = (
     "bool entropies, int? chunk_rows, ScalarType? dtype"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+NAMES = [argument.split()[-1] for argument in _SIGNATURE.partition(" -> ")[0].split(", ")]
 _COEF_SOFT, _COEF_HARD = 8, 9  # among the arguments
-_GRADIENTS = slice(5, 8)  # of the results
+GRADIENTS = slice(5, 8)  # of the results
 
 
-def _checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[_Operands]:
+def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[_Operands]:
     """`teacher` ends with the hidden states of its heads. Raises ValueError or TypeError."""
     *named, options = with_options(names, arguments, read)
     hidden, weight, bias, teacher, weights, biases, kind, targets, coef_soft, coef_hard, *switches, dtype = named
@@ -64,11 +68,10 @@ def _checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[
     return (_Operands(*operands, chunk_rows, options),)
 
 
-def _real(a: _Operands) -> tuple[Tensor, ...]:
+def results_of(a: _Operands, ranks: "Ranks | None" = None) -> tuple[Tensor, ...]:
     wanted = (False, False, False) if a.recompute else a.wanted
-    rows = linear_rows(
-        a.student, a.teacher, a.targets, a.coef_soft, a.coef_hard, a.options, wanted, a.entropies, a.chunk_rows
-    )
+    vectors = (a.targets, a.coef_soft, a.coef_hard)
+    rows = linear_rows(a.student, a.teacher, *vectors, a.options, wanted, a.entropies, a.chunk_rows, ranks)
     losses = rows.soft * a.coef_soft + rows.hard * a.coef_hard
     of_hidden, *others = rows.gradients
     gradients = (None if of_hidden is None else of_hidden.view(a.student.hidden.shape), *others)
@@ -94,22 +97,23 @@ def _results(loss: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
     return loss, *(loss.new_empty(0) if x is None else x for x in others)
 
 
-linear_loss = operator("linear_loss", _real, _fake, _SIGNATURE, check=_checked)
+linear_loss = operator("linear_loss", results_of, _fake, _SIGNATURE, check=checked)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_operands(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, (teacher, weights, biases), rest = inputs[:3], inputs[3:6], inputs[6:]
     kind, targets, coef_soft, coef_hard, _, ctx.recompute, _, _, chunk_rows, dtype, *options, symbolic = rest
     ctx.set_materialize_grads(False)
+    ctx.run = linear_loss
     ctx.dtypes = [None if x is None else x.dtype for x in student]
     ctx.lengths = [len(teacher), len(weights), len(biases)]
     ctx.call = kind, chunk_rows, dtype, options
     lists = (*teacher, *weights, *biases)
     again = (*student, targets, coef_soft, coef_hard, symbolic, *lists) if ctx.recompute else ()
-    save(ctx, *output[1:3], *output[_GRADIENTS], *again)
+    save(ctx, *output[1:3], *output[GRADIENTS], *again)
 
 
-def _gradient(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
     if any(x is not None for x in others):
         no_second_derivative()
     # (In the structure that PyTorch asks for: a list of tensors has a list of gradients.)
@@ -137,7 +141,7 @@ def _computed(ctx: Any, grad: Tensor, inputs: list[Any], wanted: list[bool]) -> 
     kind, chunk_rows, dtype, options = ctx.call
     switches = (wanted, False, True, False, chunk_rows, dtype)
     coefs = (coef_soft * grad, coef_hard * grad)
-    return list(linear_loss(*student, *lists, kind, targets, *coefs, *switches, *options, symbolic)[_GRADIENTS])
+    return list(ctx.run(*student, *lists, kind, targets, *coefs, *switches, *options, symbolic)[GRADIENTS])
 
 
 def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor | None) -> Tensor:
@@ -155,4 +159,4 @@ def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor | None) -> Tensor:
     return out
 
 
-linear_loss.register_autograd(_gradient, setup_context=_save)
+linear_loss.register_autograd(backward, setup_context=save_operands)

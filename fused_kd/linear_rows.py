@@ -11,7 +11,7 @@ S and T come out in float32 on a GPU, as nobody rounds them; a CPU's products ro
 float32 at least, and so is dX: the upstream gradient, which may be a loss scale, comes before they are rounded.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from fused_kd.backends.rows import SKIP, RowOptions
 from fused_kd.entropies import row_entropies
 from fused_kd.gradient_memory import empty
 from fused_kd.teachers import LOGITS, Teacher
+
+if TYPE_CHECKING:
+    from fused_kd.parallel import Ranks
 
 # What the logits of a chunk may take, with their gradient where that has a place of its own. A longer chunk reads the
 # heads less often and adds less often to dW.
@@ -104,13 +107,15 @@ def linear_rows(
     wanted: tuple[bool, bool, bool],
     entropies: bool,
     chunk_rows: int | None,
+    ranks: "Ranks | None" = None,
 ) -> LinearRows:
     """The gradients are those of sum(coef_soft * soft + coef_hard * hard) that are `wanted`, in their order, float32 at
-    least. chunk_rows None takes what CHUNK_BYTES allow. Raises IndexError or ValueError for rows, as the verbs do."""
+    least. chunk_rows None takes what CHUNK_BYTES allow. Where the heads are slices of the vocabulary over `ranks`, the
+    hidden states' gradient is the slice's share. Raises IndexError or ValueError for rows, as the verbs do."""
     like, logits = student.logits_like(), teacher.as_teacher()
     if not options.caps:  # capped logits have another dtype
         options = options._replace(backend=teachers.backend_name(options.backend, like, logits, options.divergence))
-    teachers.check_rows(like, logits, targets, options)
+    (ranks or teachers).check_rows(like, logits, targets, options)
     columns = teachers.common_columns(like, logits)
     dtype, *_ = teachers.row_dtypes(logits.kind, like, logits.tensors)
     soft, hard, *of_both = (targets.new_zeros(targets.shape, dtype=dtype) for _ in range(4 if entropies else 2))
@@ -125,10 +130,11 @@ def linear_rows(
     head, heads = student.cut(columns), [each.cut(columns) for each in teacher.heads if read]
     over = head.dtype == head.logits_dtype  # the gradient is written over the logits
     dtypes = [x.logits_dtype for x in (head, *heads)] + ([] if over or not any(wanted) else [head.dtype])
-    size = min(len(targets), chunk_rows or CHUNK_BYTES // (columns * sum(x.itemsize for x in dtypes)) or 1)
+    widest = columns if ranks is None else ranks.widest()  # ranks meet at every chunk
+    size = min(len(targets), chunk_rows or CHUNK_BYTES // (widest * sum(x.itemsize for x in dtypes)) or 1)
     spans = _spans(targets, size)
     space = _side_by_side(size if spans else 0, columns, dtypes, targets.device)
-    gradients = _Sums(student, head, wanted, spans, len(targets))
+    gradients, verbs = _Sums(student, head, wanted, spans, len(targets)), ranks or capped
     for rows in spans:
         x, target = _taken(student.hidden, rows).to(head.dtype), targets[rows]
         if wanted[1] and isinstance(rows, slice):  # 0 times what an ignored row holds would be NaN in dW, if that is
@@ -143,14 +149,15 @@ def linear_rows(
         if read:
             piece = Teacher(teacher.kind, (*(_taken(each, rows) for each in teacher.tensors), *projected))
         if entropies:
-            of_both[0][rows], of_both[1][rows] = row_entropies(s, piece, target, options, None)
+            of_piece = row_entropies if ranks is None else ranks.row_entropies
+            of_both[0][rows], of_both[1][rows] = of_piece(s, piece, target, options, None)
         if any(wanted):
             g = s if over else places[-1]
             coefs = coef_soft[rows], coef_hard[rows]
-            soft[rows], hard[rows] = capped.rows_fused(s, piece.tensors, target, *coefs, piece.kind, options, g)
+            soft[rows], hard[rows] = verbs.rows_fused(s, piece.tensors, target, *coefs, piece.kind, options, g)
             gradients.add(rows, g, x)
         else:
-            soft[rows], hard[rows], _ = capped.rows_forward(s, piece.tensors, target, piece.kind, options)
+            soft[rows], hard[rows], _ = verbs.rows_forward(s, piece.tensors, target, piece.kind, options)
     return LinearRows(soft, hard, tuple(of_both), gradients.finish(scale))
 
 

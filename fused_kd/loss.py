@@ -14,6 +14,7 @@ from fused_kd.options import OPTIONS, Ensemble, KDOptions, Reduction, VocabMisma
 from fused_kd.teachers import TeacherLogits
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from fused_kd.options import LossOptions
@@ -86,6 +87,7 @@ class FusedKDLoss(_Loss):
         inplace: bool = KDOptions.inplace,
         return_parts: bool = KDOptions.return_parts,
         entropies: bool = KDOptions.entropies,
+        process_group: "ProcessGroup | None" = KDOptions.process_group,
         backend: str = KDOptions.backend,
     ) -> None:
         super().__init__()
@@ -110,6 +112,7 @@ class FusedKDLoss(_Loss):
             inplace=inplace,
             return_parts=return_parts,
             entropies=entropies,
+            process_group=process_group,
             backend=backend,
         )
 

@@ -3,10 +3,13 @@
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from fused_kd.divergences import Divergence, DivergenceName, divergence_of
 from fused_kd.real_numbers import described, number
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Reduction = Literal["mean", "sum", "none", "batchmean"]
 VocabMismatch = Literal["error", "truncate"]
@@ -49,6 +52,7 @@ class KDOptions:
     inplace: bool = False
     return_parts: bool = False
     entropies: bool = False
+    process_group: "ProcessGroup | None" = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -87,6 +91,8 @@ class KDOptions:
                 raise TypeError(f"{name} must be True or False, got {described(getattr(self, name))}")
         if self.entropies and not self.return_parts:
             raise ValueError("entropies=True needs return_parts=True: they are two of the parts")
+        if self.process_group is not None:
+            _check_group(self.process_group)
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a string, got {described(self.backend)}")
 
@@ -144,6 +150,7 @@ class LossOptions(TypedDict, total=False):
     inplace: bool
     return_parts: bool
     entropies: bool
+    process_group: "ProcessGroup | None"
     backend: str
 
 
@@ -177,6 +184,13 @@ def check_caps(caps: Sequence[float]) -> None:
     for name, value in zip(_CAPS, caps, strict=False):
         if not 1e-10 <= value <= 1e10 and not ("softcap" in name and value == _INFINITY):
             raise ValueError(f"{name} must be between 1e-10 and 1e10, got {value}")
+
+
+def _check_group(group: object) -> None:
+    from torch import distributed  # noqa: PLC0415
+
+    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
 
 
 def _check_weight(name: str, value: float) -> None:

@@ -68,6 +68,20 @@ def rows_fused(rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tenso
     return soft, hard
 
 
+def rows_terms(rows: LogitRows, stats: Tensor) -> Tensor:
+    """[4, N], for `concluded`: what the columns of each row add up to, of a divergence that takes a second visit, with
+    the stats of a first one. The stats may be those of a longer row, of which these are some columns."""
+    sums = [chunk.term_sums(stats) for chunk in _chunks(rows)]
+    return torch.cat(sums, 1) if sums else stats.new_zeros((4, 0), dtype=exact_dtype(stats.device))
+
+
+def concluded(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The value, GROWTH and TOP of rows, from the sums over their columns of v, c, and c and q where q <= 1/2."""
+    value, growth, rest_c, rest_q = sums
+    # In a column with nearly all of q, c - q G is a small difference of large numbers; the other columns have it.
+    return value, torch.where(growth.isfinite(), growth, torch.nan), growth * rest_q - rest_c
+
+
 def _chunks(rows: LogitRows) -> Iterator["_Chunk"]:
     kind = _RestChunk if rows.options.divergence == REST else _Chunk
     step = max(1, _CHUNK // max(1, rows.columns))
@@ -180,8 +194,7 @@ class _Chunk:
         close = x.abs() + second < 1
         log_ratio = torch.where(close, x.log1p(), direct)
         whole = (z_s != 0) & (z_t != 0)  # else a row of -inf
-        sums = [torch.where(whole, z, torch.nan) for z in ((z_t, z_s) if self._exchanged else (z_s, z_t))]
-        stat[:, STUDENT_SUM], stat[:, TEACHER_SUM] = sums
+        stat[:, STUDENT_SUM], stat[:, TEACHER_SUM] = (z_t, z_s) if self._exchanged else (z_s, z_t)
         stat[:, LOG_RATIO] = -log_ratio if self._exchanged else log_ratio
         if self.divergence.family is not None:
             return self._finish_family(self.divergence.family, e_s, e_t, delta, stat)
@@ -197,15 +210,23 @@ class _Chunk:
 
     def _finish_family(self, family: Family, e_s: Tensor, e_t: Tensor, delta: Tensor, stat: Tensor) -> Tensor:
         """The sums of `fused_kd.families` over a row."""
-        columns = self._columns(e_s, e_t, delta, stat.unsqueeze(1).to(e_s.dtype))
-        v, c = column_terms(family, columns)
-        value, growth = v.sum(-1, dtype=stat.dtype), c.sum(-1, dtype=stat.dtype)
-        stat[:, GROWTH] = torch.where(growth.isfinite(), growth, torch.nan)
-        # In a column with nearly all of q, c - q G is a small difference of large numbers; the other columns have it.
-        top = columns.q > 0.5
-        rest_c, rest_q = (torch.where(top, 0.0, x).sum(-1, dtype=stat.dtype) for x in (c, columns.q))
-        stat[:, TOP] = growth * rest_q - rest_c
+        sums = self._term_sums(family, e_s, e_t, delta, stat.unsqueeze(1).to(e_s.dtype))
+        value, stat[:, GROWTH], stat[:, TOP] = concluded(sums)
         return value
+
+    def term_sums(self, stats: Tensor) -> Tensor:
+        """For `rows_terms`."""
+        stat = stats[self.span].unsqueeze(1).to(self.s.dtype)
+        e_s, e_t, delta = self._pair(stat[..., STUDENT_MAX], stat[..., TEACHER_MAX])
+        assert self.divergence.family is not None
+        return self._kept(self.counted, self._term_sums(self.divergence.family, e_s, e_t, delta, stat))
+
+    def _term_sums(self, family: Family, e_s: Tensor, e_t: Tensor, delta: Tensor, stat: Tensor) -> Tensor:
+        columns = self._columns(e_s, e_t, delta, stat)
+        v, c = column_terms(family, columns)
+        top = columns.q > 0.5
+        terms = (v, c, *(torch.where(top, 0.0, x) for x in (c, columns.q)))
+        return torch.stack([x.sum(-1, dtype=exact_dtype(x.device)) for x in terms])
 
     def _finish_hard(self, max_s: Tensor, stat: Tensor) -> Tensor:
         final = stat.dtype
@@ -213,11 +234,9 @@ class _Chunk:
         others = e_1.scatter(1, self.label, 0.0).sum(-1, dtype=final)
         logit = self.s.gather(1, self.label).squeeze(1).to(final)
         below = max_s.squeeze(1).to(final) - logit
-        own = (-below).exp()
-        total = torch.where(others + own == 0, torch.nan, others + own)
+        total = others + (-below).exp()
         stat[:, HARD_SUM], stat[:, MISS] = total, others / total
-        # From the other columns' sum: a sure and right student keeps its digits.
-        nll = torch.where(below < 30, (others / own).log1p(), below + total.log())
+        nll = label_loss(others, below)
         smoothing = self.options.label_smoothing
         if smoothing > 0:
             smoothed = nll + smoothing * (logit - self.s.mean(-1, dtype=final))
@@ -309,6 +328,13 @@ class _RestChunk(_Chunk):
     def _soft_gradient(self, stat: Tensor) -> Tensor:
         e = self._exponentials(stat[..., TEACHER_MAX])
         return torch.where(e == 0, 0.0, e / (stat[..., STUDENT_SUM].to(e.dtype) + stat[..., LOG_RATIO]))
+
+
+def label_loss(others: Tensor, below: Tensor) -> Tensor:
+    """-log q1 at the label, which lies `below` the point from where the sum of all others is measured: a sure and right
+    student keeps its digits."""
+    own = (-below).exp()
+    return torch.where(below < 30, (others / own).log1p(), below + (others + own).log())
 
 
 def hard_gradient(s: Tensor, is_label: Tensor, stat: Tensor, label_smoothing: float, columns: int) -> Tensor:

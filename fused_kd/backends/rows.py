@@ -24,7 +24,7 @@ REST = "rest"
 (
     STUDENT_MAX,  # the points that the sums are measured from: the maxima, or near them
     TEACHER_MAX,
-    STUDENT_SUM,  # sum of e_s
+    STUDENT_SUM,  # sum of e_s; of a row of -inf 0, from which its term and gradient become NaN
     TEACHER_SUM,  # sum of e_t
     LOG_RATIO,  # log(sum of e_s / sum of e_t), with its small values intact
     HARD_SUM,  # sum of exp(s - max)
