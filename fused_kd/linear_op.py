@@ -6,6 +6,7 @@ gradient may then be one number a row.
 """
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from fused_kd import teachers
 from fused_kd.backends.rows import RowOptions
 from fused_kd.checks import plain
-from fused_kd.linear_rows import Head, Heads, linear_rows, product_dtype
+from fused_kd.linear_rows import Gradients, Head, Heads, linear_rows, product_dtype, rows_of_first
 from fused_kd.operands import check_vectors, with_options
 from fused_kd.ops import no_second_derivative, operator
 from fused_kd.saving import save, saved
@@ -44,11 +45,11 @@ _SIGNATURE = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor[] teacher_weights, Tensor?[] teacher_biases, "
     "str kind, Tensor targets, Tensor coef_soft, Tensor coef_hard, bool[] wanted, bool recompute, bool summed, "
     "bool entropies, int? chunk_rows, ScalarType? dtype"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 NAMES = [argument.split()[-1] for argument in _SIGNATURE.partition(" -> ")[0].split(", ")]
 _COEF_SOFT, _COEF_HARD = 8, 9  # among the arguments
-GRADIENTS = slice(5, 8)  # of the results
+GRADIENTS = slice(5, 9)  # of the results: `fused_kd.linear_rows.Gradients`
 
 
 def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[_Operands]:
@@ -84,10 +85,13 @@ def _fake(a: _Operands) -> tuple[Tensor, ...]:
     dtype, *_ = teachers.row_dtypes(logits.kind, like, logits.tensors)
     soft, hard, *entropies = (a.targets.new_empty(a.targets.shape, dtype=dtype) for _ in range(4))
     exact = torch.promote_types(a.student.dtype, torch.float32)
-    gradients = (
+    hidden, weight, bias = (
         None if x is None or a.recompute or not wanted else x.new_empty(x.shape, dtype=exact)
         for x, wanted in zip(a.student[:3], a.wanted, strict=True)
     )
+    n = rows_of_first(a.student.weight)
+    first, others = (None, None) if weight is None else (torch.empty_like(x) for x in (weight[:n], weight[n:]))
+    gradients = Gradients(hidden, first, others, bias)
     loss = soft.new_empty(()) if a.summed else torch.empty_like(soft)
     return _results(loss, soft, hard, *(entropies if a.entropies else (None, None)), *gradients)
 
@@ -120,12 +124,13 @@ def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any
     results: list[Any] = [[None] * len(x) if isinstance(x, list) else None for x in ctx.needs_input_grad]
     if grad is not None:
         needed = [bool(x) for x in ctx.needs_input_grad[:3]]
-        soft, hard, *gradients = saved(ctx)
+        soft, hard, hidden, first, rest, bias, *inputs = saved(ctx)
         if ctx.recompute:
-            gradients = _computed(ctx, grad, gradients[3:], needed)
-        for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
+            hidden, first, rest, bias = _computed(ctx, grad, inputs, needed)
+        pieces = ([hidden], [first, rest], [bias])
+        for i in range(3):
             if needed[i]:
-                results[i] = _rounded(gradient, dtype, None if ctx.recompute else grad)
+                results[i] = _rounded(pieces[i], ctx.dtypes[i], None if ctx.recompute else grad)
         for i, term in ((_COEF_SOFT, soft), (_COEF_HARD, hard)):
             if ctx.needs_input_grad[i]:
                 results[i] = grad * term
@@ -144,18 +149,27 @@ def _computed(ctx: Any, grad: Tensor, inputs: list[Any], wanted: list[bool]) -> 
     return list(ctx.run(*student, *lists, kind, targets, *coefs, *switches, *options, symbolic)[GRADIENTS])
 
 
-def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor | None) -> Tensor:
-    """`by` times the gradient, which is ours where that is None."""
-    plainly = plain(gradient, by) and not (torch.is_grad_enabled() or (by is not None and is_legacy_batchedtensor(by)))
-    if gradient.dtype == dtype or not plainly:
-        # Where the graph is not kept nobody will ask for it again, and it need not be there twice.
-        if plainly and by is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
-            return gradient.detach().mul_(by)
-        return (gradient if by is None else gradient * by).to(dtype)
-    out = torch.empty_like(gradient, dtype=dtype)
-    step = max(1, _BLOCK // max(1, math.prod(gradient.shape[1:])))
-    for some, rounded in zip(torch.split(gradient, step), torch.split(out, step), strict=True):
-        rounded.copy_(some if by is None else some * by)
+def _rounded(pieces: Sequence[Tensor], dtype: torch.dtype, by: Tensor | None) -> Tensor:
+    """`by` times the gradient that is in two pieces of rows, or in one. It is ours where `by` is None; and where the
+    graph is not kept: nobody will ask for it again, and it need not be there twice."""
+    first, *others = pieces
+    plainly = plain(*pieces, by) and not (torch.is_grad_enabled() or (by is not None and is_legacy_batchedtensor(by)))
+    ours = plainly and (by is None or not torch._C._autograd._get_current_graph_task_keep_graph())
+    if first.dtype == dtype or not plainly:
+        whole = torch.cat(tuple(pieces)) if any(len(piece) for piece in others) else first
+        if ours and by is not None:
+            return whole.detach().mul_(by)
+        return (whole if by is None else whole * by).to(dtype)
+    shape = (sum(len(piece) for piece in pieces), *first.shape[1:])
+    # The gradient is half as large once it is rounded. What is written there was read before.
+    out = first.detach().view(dtype).flatten()[: math.prod(shape)].view(shape) if ours and others else None
+    out = first.new_empty(shape, dtype=dtype) if out is None else out
+    step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+    begin = 0
+    for piece in pieces:
+        for some in torch.split(piece, step):
+            out[begin : begin + len(some)] = (some if by is None else some * by).to(dtype)
+            begin += len(some)
     return out
 
 

@@ -81,11 +81,19 @@ class Heads(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the student's hidden states [N, H], weight [V, H] and bias [V]; None for what is not wanted."""
+    """Of the student's hidden states [N, H], weight [V, H] and bias [V], float32 at least; None for what is not wanted.
+    The weight's comes in two pieces, the first `rows_of_first` rows and the others."""
 
     hidden: Tensor | None
-    weight: Tensor | None
+    first: Tensor | None
+    others: Tensor | None
     bias: Tensor | None
+
+
+def rows_of_first(weight: Tensor) -> int:
+    """All of them; of a weight of 16 bits half: the memory of that piece can take the whole gradient once it is
+    rounded."""
+    return -(-weight.shape[0] // 2) if weight.dtype.itemsize == 2 else weight.shape[0]
 
 
 class LinearRows(NamedTuple):
@@ -109,9 +117,10 @@ def linear_rows(
     chunk_rows: int | None,
     ranks: "Ranks | None" = None,
 ) -> LinearRows:
-    """The gradients are those of sum(coef_soft * soft + coef_hard * hard) that are `wanted`, in their order, float32 at
-    least. chunk_rows None takes what CHUNK_BYTES allow. Where the heads are slices of the vocabulary over `ranks`, the
-    hidden states' gradient is the slice's share. Raises IndexError or ValueError for rows, as the verbs do."""
+    """The gradients are those of sum(coef_soft * soft + coef_hard * hard), where `wanted`: by the student's hidden
+    states, weight and bias. chunk_rows None takes what CHUNK_BYTES allow. Where the heads are slices of the vocabulary
+    over `ranks`, the hidden states' gradient is the slice's share. Raises IndexError or ValueError for rows, as the
+    verbs do."""
     like, logits = student.logits_like(), teacher.as_teacher()
     if not options.caps:  # capped logits have another dtype
         options = options._replace(backend=teachers.backend_name(options.backend, like, logits, options.divergence))
@@ -171,13 +180,17 @@ class _Sums:
         (columns, width), device = student.weight.shape, student.hidden.device
         all_rows = sum(x.stop - x.start for x in rows if isinstance(x, slice)) == number
         self.head, self.empty = head, True
-        self.hidden = self.weight = self.bias = None
+        self.hidden = self.bias = None
+        self.weight: list[Tensor] = []
         if wanted[0]:
             new = torch.empty if all_rows else torch.zeros
             self.hidden = new((number, width), dtype=dtype, device=device)
         if wanted[1]:
-            self.weight = torch.empty((columns, width), dtype=dtype, device=device)
-            self.weight[len(head.weight) if rows else 0 :] = 0
+            first = rows_of_first(student.weight)
+            self.weight = [torch.empty((rows, width), dtype=dtype, device=device) for rows in (first, columns - first)]
+            written = len(head.weight) if rows else 0
+            for piece, begin in zip(self.weight, (0, first), strict=True):
+                piece[max(0, written - begin) :] = 0
         if wanted[2]:
             self.bias = torch.zeros(columns, dtype=dtype, device=device)
 
@@ -188,14 +201,19 @@ class _Sums:
             _product(self.hidden[rows], g, self.head.weight)
         elif self.hidden is not None:
             self.hidden[rows] = _product(self.hidden.new_empty(x.shape), g, self.head.weight)
-        if self.weight is not None:
-            _product(self.weight[:columns], g.T, x, add=not self.empty)
+        begin = 0
+        for piece in self.weight:
+            of_piece = g[:, begin : begin + len(piece)]
+            if of_piece.shape[1] > 0:
+                _product(piece[: of_piece.shape[1]], of_piece.T, x, add=not self.empty)
+            begin += len(piece)
         if self.bias is not None:
             self.bias[:columns] += g.sum(0, dtype=self.bias.dtype)
         self.empty = False
 
     def finish(self, scale: Tensor | None) -> Gradients:
-        result = Gradients(self.hidden, self.weight, self.bias)
+        first, others = self.weight or (None, None)
+        result = Gradients(self.hidden, first, others, self.bias)
         for gradient in result:
             if gradient is not None and scale is not None:
                 gradient.div_(scale)

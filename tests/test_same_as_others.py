@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import make_labels, make_logits
+from support import before, make_labels, make_logits
+from test_linear_memory import Live, heads, peak_of_both
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_kd import SparseTeacher, fused_kd_loss, fused_linear_kd_loss
 from fused_kd.divergences import JSD, CrossEntropy, Divergence, ForwardKL, ReverseKL, SymmetricKL
@@ -213,3 +215,29 @@ def test_trl_near_convergence(beta: float, divergence: Divergence) -> None:
     error, other = (float((x.double() - exact).abs() / exact) for x in (ours, theirs))
     print(f"{divergence!r}: off by {error:.1e}, TRL's function by {other:.1e}")
     assert error < 1e-5 < other
+
+
+class _Context(SimpleNamespace):
+    """Of an autograd.Function: the engine does not run on devices that are not there."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+@pytest.mark.skipif(before(torch.__version__, 2, 14), reason="addmm with an out_dtype has no fake kernel that works")
+def test_less_memory_than_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, of tensors without memory; neither's kernels run."""
+    function = trl_function()
+    skipped = dict.fromkeys(("_stats_tile", "_backward_tile"), lambda *args, **kwargs: None)
+    for method in (function.forward, function.backward):
+        method.__globals__.update(_MM_OUT_DTYPE=True, **skipped)
+    with FakeTensorMode():
+        student, teacher = heads("cuda")
+        context = _Context(needs_input_grad=(True, True, False), set_materialize_grads=id, mark_non_differentiable=id)
+        with Live() as live:
+            divergence, _ = function.forward(context, *student[:2], None, *teacher.heads[0][:3], 0.0)
+            gradients = function.backward(context, torch.empty_like(divergence), None)[:2]
+    assert [g.dtype for g in gradients] == [torch.bfloat16] * 2
+    ours = peak_of_both(monkeypatch, (True, True, False))
+    print(f"{ours / 1e9:.2f} GB, TRL's function {live.peak / 1e9:.2f} GB")
+    assert ours < 0.7 * live.peak
