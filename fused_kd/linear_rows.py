@@ -130,8 +130,8 @@ def linear_rows(
     soft, hard, *of_both = (targets.new_zeros(targets.shape, dtype=dtype) for _ in range(4 if entropies else 2))
     scale = None
     if student.dtype == torch.float16 and any(wanted) and len(targets) > 0:
-        # A mean's gradients would be lost in float16: those of rows with coefficients of about 1 are not.
-        largest = torch.maximum(coef_soft.abs().amax(), coef_hard.abs().amax())
+        # A mean's gradients would be lost in float16, and those of a low temperature too large for it.
+        largest = torch.maximum(coef_soft.abs().amax() / options.temperature, coef_hard.abs().amax())
         scale = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
         coef_soft, coef_hard = coef_soft * scale, coef_hard * scale
 

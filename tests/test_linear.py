@@ -280,15 +280,18 @@ def test_as_exact_as_a_linear_layer(divergence: Any, dtype: torch.dtype, backend
         assert (mine.double() - exact).norm() <= bound
 
 
-def test_a_small_rate_in_float16() -> None:
-    """A mean over many tokens has gradients that float16 does not have: only what is asked for may be too small."""
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0**-17, "alpha": 1.0}], ids=str)
+def test_a_small_rate_in_float16(options: dict[str, Any]) -> None:
+    """A mean over many tokens has gradients that float16 does not have, and so a low temperature, whose are too large:
+    only what is asked for may be either."""
     x = operands(torch.float16)
     exact = tracked({k: v.double() for k, v in x.items()})
     labels = make_labels(*SHAPE, vocabulary=COLUMNS)
     y = tracked(x)
-    scale = 2.0**24
-    expected = gradients(loss_of(fused_linear_kd_loss(**exact, labels=labels, num_items=1e8)) * scale, exact)
-    ours = gradients(loss_of(fused_linear_kd_loss(**y, labels=labels, num_items=1e8)) * scale, y)
+    options = {"num_items": 1e8, **options}
+    scale = 2.0**24 / options.get("temperature", 1.0)
+    expected = gradients(loss_of(fused_linear_kd_loss(**exact, labels=labels, **options)) * scale, exact)
+    ours = gradients(loss_of(fused_linear_kd_loss(**y, labels=labels, **options)) * scale, y)
     for a, b in zip(expected, ours, strict=True):
         assert (b.double() - a).norm() < 5e-3 * a.norm()
 
