@@ -84,6 +84,26 @@ def test_lightning_gradients(lightning_module: Any, recipe: Any) -> None:
         assert (gradient - expected).norm() <= GRADIENT * expected.norm()
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+def test_lightning_in_two_processes(lightning_module: Any, recipe: Any) -> None:
+    """Each has every other row, and steps as one with all of them."""
+    tiny, lightning = recipe("tiny"), lightning_module.lightning
+    module = lightning_module.Distillation(*tiny.language_models())
+    before = torch.nn.utils.parameters_to_vector(module.student.parameters()).detach().clone()
+    rows = list(zip(*tiny.token_batches(1)[0], strict=True))
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_spawn", max_epochs=1, accumulate_grad_batches=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=2))
+    alone, _ = lightning_module.fit(accumulation=1, steps=1)
+    step, expected = (
+        torch.nn.utils.parameters_to_vector(x.student.parameters()).detach() - before for x in (module, alone)
+    )
+    assert expected.norm() > 0
+    assert (step - expected).norm() <= GRADIENT * expected.norm()
+
+
 def test_lightning_keeps_the_teacher_out(lightning_module: Any) -> None:
     module, checkpoint = lightning_module.fit()
     (teacher,) = module._teacher

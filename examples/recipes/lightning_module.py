@@ -56,7 +56,7 @@ class Distillation(lightning.LightningModule):
         self.curve.append(float(total / items))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.student.parameters(), lr=0.1)
+        return torch.optim.SGD(self.student.parameters(), lr=1.0)
 
 
 def fit(loss_fn: Any = LOSS, accumulation: int = 2, steps: int = 6) -> tuple[Distillation, dict[str, Any]]:

@@ -19,7 +19,7 @@ def train(loss_fn: Any = LOSS, accumulation: int = 2, steps: int = 6) -> list[fl
     """The loss of each step."""
     student, teacher = language_models()
     teacher.eval().requires_grad_(False)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     curve = []
     for ids, labels in token_batches(steps):
         # The labelled positions of the whole step: a mean over each micro-batch would weigh those of one with few more.

@@ -4,7 +4,7 @@
     python examples/recipes/timm_task.py
 
 The hard term of our losses takes classes. Soft labels, of mixup or smoothed, stay with timm's criterion, which scores
-the other head; the distillation term takes no labels. A student with one head: the same, both of its logits; where labels
+the other head; the distillation term takes no labels. For a student with one head both are of its logits; where labels
 are classes, `presets.huggingface_docs` is both at once.
 """
 
@@ -62,7 +62,7 @@ def train(task: type = FusedTokenDistillationTask, distill_type: str = "soft", s
         device=torch.device("cpu"),
         verbose=False,
     ).train()
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     curve = []
     for images, classes in image_batches(steps, 8, CLASSES):
         loss = task(*mixup(images, classes))["loss"]

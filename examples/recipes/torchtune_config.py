@@ -25,7 +25,7 @@ def train(config: Path = CONFIG, steps: int = 6) -> list[float]:
     size: dict[str, Any] = {"vocab_size": VOCABULARY, "max_seq_len": LENGTH}
     model, teacher = instantiate(cfg.model, **size), instantiate(cfg.teacher_model, **size).eval()
     teacher.output.weight.data *= 8  # else its distributions would be all but uniform
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     curve = []
     for tokens, labels in token_batches(steps):
         logits = model(tokens)
