@@ -3,7 +3,7 @@
     pip install torchtune torchao==0.10.0  # torchtune 0.6.1 does not find NF4Tensor in later ones
     python examples/recipes/torchtune_config.py
 
-torchtune's chunked losses take lists of logits, to upcast a piece at a time; ours upcasts nothing, and takes them whole.
+torchtune's chunked losses take lists of logits, to upcast a piece at a time; ours upcasts nothing and takes them whole.
 """
 
 from pathlib import Path
