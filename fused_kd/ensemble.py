@@ -12,6 +12,7 @@ no part in them, whatever it holds.
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
@@ -77,6 +78,8 @@ def pieces(sizes: Sequence[int], rows: int) -> Iterator[tuple[tuple[int | slice,
     """The rows of a tensor [*sizes, ...] in their order, in views of at most so many, or of one: what indexes each, and
     which of all rows it has."""
     axis, inner = len(sizes), 1
+    if math.prod(sizes) == 0:
+        axis = inner = 0
     while axis > 0 and inner * sizes[axis - 1] <= rows:
         axis -= 1
         inner *= sizes[axis]

@@ -216,8 +216,8 @@ def compute(
     if options.process_group is not None:
         from fused_kd import parallel  # noqa: PLC0415  (PyTorch may be built without torch.distributed)
 
-        ranks = parallel.ranks_of(student_logits, teacher, options, eager)
-        run, entropies_of = partial(parallel.rows_loss, ranks), ranks.row_entropies
+        slices = parallel.slices_of(student_logits, teacher, options, eager)
+        run, entropies_of = partial(parallel.rows_loss, slices), slices.row_entropies
     loss, *terms = run(
         student_logits,
         teacher,

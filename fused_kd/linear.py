@@ -150,7 +150,7 @@ def compute_linear(
     if options.process_group is not None:
         from fused_kd import parallel  # noqa: PLC0415  (PyTorch may be built without torch.distributed)
 
-        run = partial(parallel.linear_loss, parallel.ranks_of(like, teacher, options, eager))
+        run = partial(parallel.linear_loss, parallel.slices_of(like, teacher, options, eager))
     results: tuple[Tensor, ...] = run(
         *student[:3],
         [*given, *(head.hidden.detach() for head in heads)],
