@@ -75,8 +75,9 @@ def fused_linear_kd_loss(
         recompute: keep no gradient between forward and backward, which projects everything again. reduction="none"
             always does, since its upstream gradient is not one number.
         options: those of `fused_kd_loss`, with its defaults; inplace=True has no meaning here. With `process_group`
-            weights and biases are this rank's slice of the vocabulary, and the hidden states are whole; so is their
-            gradient, which is summed over the ranks here, in float32 (by nobody else, then).
+            weights, biases and `teacher_logits` are this rank's slice of the vocabulary (a `SparseTeacher` is whole),
+            and the hidden states are whole; so is their gradient, which is summed over the ranks here, in float32 (by
+            nobody else, then).
 
     Returns:
         As `fused_kd_loss` does.

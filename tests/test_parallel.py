@@ -310,6 +310,9 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bytes_of(top, alpha=1.0) == bytes_of(top, alpha=1.0, divergence="jsd") == [8, 1200 + 7 * 400]
     assert bytes_of(top) == [8, 1200 + 7 * 400 + 1600]
     assert bytes_of(top, alpha=0.0) == [8, 1600]
+    several = [teacher, student, teacher]
+    assert bytes_of(several, alpha=1.0) == [8, 3 * 800, 4800]
+    assert bytes_of(several, alpha=1.0, ensemble="geometric") == [8, 4800]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -407,6 +410,8 @@ def _compare_dtensors(student: Tensor, teacher: Tensor, labels: Tensor, expected
 
     mesh = init_device_mesh("cpu", (4,))
     s, t = (distribute_tensor(x, mesh, [Shard(2)]) for x in (student, teacher))
+    several = [t, distribute_tensor(student.roll(1, 0), mesh, [Shard(2)])]
+    exact_several = [teacher.double(), student.double().roll(1, 0)]
     s.requires_grad_()
     loss = parts(fused_kd_loss(s, t, distribute_tensor(labels, mesh, [Replicate()]), temperature=4.0))
     loss.backward()
@@ -423,6 +428,10 @@ def _compare_dtensors(student: Tensor, teacher: Tensor, labels: Tensor, expected
             parts(fused_kd_loss(s, given, labels, temperature=4.0)),
             kd_loss(student.double(), top, labels, temperature=4.0),
         )
+    right = kd_loss(student.double(), exact_several, labels, temperature=4.0)
+    assert_loss(parts(fused_kd_loss(s, several, labels, temperature=4.0)).detach(), right)
+    with pytest.raises(ValueError, match=r"teacher_logits\[1\] must be a DTensor with the placements"):
+        fused_kd_loss(s, [t, teacher], labels)
     with pytest.raises(ValueError, match="must be sharded on the vocabulary"):
         fused_kd_loss(distribute_tensor(student, mesh, [Shard(0)]), t, labels)
     with pytest.raises(ValueError, match="teacher_logits must be a DTensor with the placements"):
@@ -455,18 +464,15 @@ def test_under_compile() -> None:
         ({"process_group": "tp"}, TypeError, "process_group must be a torch.distributed.ProcessGroup, got str"),
         ({"vocab_mismatch": "truncate"}, ValueError, 'vocab_mismatch="truncate" has no meaning with process_group'),
         ({"divergence": "jsd", "backend": "cpu"}, ValueError, 'with process_group it takes "torch", or "auto"'),
-        ({"several": 2}, ValueError, "process_group takes one teacher: logits"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_what_it_refuses(options: dict[str, Any], error: type[Exception], words: str) -> None:
     student, teacher = make_logits("wide", 4, 60)
     labels = make_labels(4, vocabulary=60)
-    options = dict(options)
-    given: Any = [teacher] * options.pop("several", 0) or teacher
 
     def work(_: int, group: Any) -> None:
         with pytest.raises(error, match=re.escape(words)):
-            fused_kd_loss(student, given, labels, **{"process_group": group, **options})
+            fused_kd_loss(student, teacher, labels, **{"process_group": group, **options})
 
     on_ranks(1, work)

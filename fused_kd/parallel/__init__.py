@@ -10,15 +10,18 @@ No term is negative, so nothing cancels; and KL(P || Q) is that of a row with a 
 the slices' log-sum-exps. The torch backend has it in float64, exact where the ranks are close, with every edge case.
 The other divergences take a second visit, once Z_s and Z_t of the whole row are known. A sparse teacher's ids are those
 of the whole vocabulary, and all ranks have all of them: a rank visits its other columns, and sends log R of these with
-the logits at the ids that it has, from which all make the same k + 1 classes.
+the logits at the ids that it has, from which all make the same k + 1 classes. Several teachers are combined with their
+log-sum-exps over the whole row, for which an arithmetic mean has a visit more; a geometric one needs none.
 
 One all-gather a visit brings each rank what all have found of a row; from there on all compute the same from the same
 numbers. Stats of the whole row, measured from the slice's own points, are then what the backward verb of a slice takes:
-nothing is sent backward. A rank sends, in float32,
+nothing is sent backward. A rank sends, in float32 (twice as much where stats are float64: for float64 logits, and for
+several teachers of a float32 student),
 
     forward KL, cross entropy   24 bytes a row          reverse KL   28          logit MSE   12
     the other divergences       24, and 16 of the second visit
     a sparse teacher            12, and 4 for each of its k slots, of any divergence
+    an arithmetic mean          8 for each teacher, float64 whatever the logits are, for the loss and for the entropies
     the hard term               16, of which 4 are shared with the soft one but for logit MSE and a sparse teacher,
                                 and 8 with label smoothing
     each of the two entropies   24; that of a sparse teacher nothing
@@ -34,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from fused_kd import linear_op, sparse
+from fused_kd import linear_op
 from fused_kd.autograd import FusedKDFunction, _EagerFunction, _losses
 from fused_kd.backends import pytorch
 from fused_kd.backends.rows import RowOptions
@@ -44,7 +47,7 @@ from fused_kd.parallel.ranks import Ranks
 from fused_kd.parallel.slices import Slices, takes_second_visit
 from fused_kd.positions import Coefficient
 from fused_kd.sparse import SparseTeacher
-from fused_kd.teachers import LOGITS, Teacher
+from fused_kd.teachers import Teacher
 
 
 def of_dtensors(
@@ -81,6 +84,8 @@ def of_dtensors(
     if isinstance(teacher, SparseTeacher):
         tensors = whole("ids", teacher.ids), whole("log_probs", teacher.log_probs)
         teacher = SparseTeacher(*tensors, teacher.missing)
+    elif isinstance(teacher, (list, tuple)):
+        teacher = [cut(f"teacher_logits[{k}]", logits) for k, logits in enumerate(teacher)]
     else:
         teacher = cut("teacher_logits", teacher)
     vectors = whole("labels", labels), whole("num_items", num_items), whole("weights", weights)
@@ -94,11 +99,6 @@ def slices_of(student: Tensor, teacher: Teacher, options: KDOptions, eager: bool
     assert group is not None
     if not eager:
         raise TypeError("process_group needs plain tensors in eager mode: no mode, no transform and no other subclass")
-    if teacher.kind != LOGITS and teacher.kind not in sparse.MISSING:
-        raise ValueError(
-            "process_group takes one teacher: logits, cut as the student's, or a SparseTeacher; several are not "
-            "supported with it"
-        )
     if options.vocab_mismatch != "error":
         raise ValueError(
             'vocab_mismatch="truncate" has no meaning with process_group, where each rank has a slice of both '

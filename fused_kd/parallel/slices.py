@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kd import capped, sparse
+from fused_kd import capped, ensemble, sparse
 from fused_kd.backends import pytorch
 from fused_kd.backends.rows import (
     GROWTH,
@@ -28,7 +28,7 @@ from fused_kd.backends.rows import (
 from fused_kd.divergences import Divergence, ForwardKL, LogitMSE, ReverseKL, with_parameters
 from fused_kd.parallel.merging import Found
 from fused_kd.parallel.ranks import Ranks
-from fused_kd.teachers import LOGITS, Teacher, backend_name
+from fused_kd.teachers import LOGITS, Teacher, backend_name, logits_of
 
 # What a rank sends of a row: the term, and what the terms of all are put together from.
 _OF_SOFT = (STUDENT_MAX, TEACHER_MAX, STUDENT_SUM, TEACHER_SUM, LOG_RATIO)
@@ -62,9 +62,14 @@ class Slices(NamedTuple):
         columns, part = student.shape[-1], teacher
         if columns == 1:  # which native kernels know to be all of p and q
             options = options._replace(backend=pytorch.NAME)
+        local, owner = self.ranks.targets(targets, columns)
         if kind in sparse.MISSING:
             part = self.ranks.ids(teacher[0], columns), teacher[1]
-        return Slice(self.ranks, student, part, teacher, *self.ranks.targets(targets, columns), kind, options)
+        elif kind == "arithmetic":
+            (own,) = capped.in_pieces(ensemble.rows_log_sums, student, teacher, local, kind, options)
+            log_sums = self.ranks.gathered(own).logsumexp(0)
+            part = torch.cat([teacher[0], log_sums.view(teacher[0].shape)], -1), *teacher[1:]
+        return Slice(self.ranks, student, part, teacher, local, owner, kind, options)
 
     def rows_forward(
         self, student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
@@ -96,6 +101,9 @@ class Slices(NamedTuple):
         if teacher.kind in sparse.MISSING:
             columns = self.ranks.columns
             return of_student, sparse.classes_entropy(student, teacher.tensors, targets, teacher.kind, columns)
+        if teacher.kind != LOGITS:
+            mean = with_itself(rows, rows.teacher_temperature)
+            return of_student, self.of(student, teacher.tensors, targets, teacher.kind, mean).entropy_of_teachers()
         return of_student, self._entropy(teacher.tensors[0], targets, rows, rows.teacher_temperature, rows.caps[2:])
 
     def _entropy(
@@ -119,7 +127,7 @@ class Slice(NamedTuple):
     ranks: Ranks
     student: Tensor  # [..., the slice's columns]
     teacher: Sequence[Tensor]  # likewise, or ids counted from the first of these columns
-    whole_teacher: Sequence[Tensor]  # the same, or all ids
+    whole_teacher: Sequence[Tensor]  # what was given
     targets: Tensor  # of the slice, as if it were the vocabulary
     owner: Tensor  # the rank that has the label, or what else the target is
     kind: str
@@ -127,9 +135,19 @@ class Slice(NamedTuple):
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """soft[N] and hard[N] of the whole rows, and the stats that the backward verbs take for this slice."""
+        return self._merged(*self._visited())
+
+    def entropy_of_teachers(self) -> Tensor:
+        """Of several; with the options of `with_itself`."""
+        rows = self.student, self.teacher, self.targets, self.kind, self.options
+        soft, hard, stats = capped.in_pieces(ensemble.rows_with_themselves, *rows)
+        first = self._first_of_teacher()
+        for point, total in (STUDENT_MAX, STUDENT_SUM), (TEACHER_MAX, TEACHER_SUM):
+            _say_nothing(stats, point, (total,), first)
+        return self._merged(soft, hard, stats, stats[:, :0])[0]
+
+    def _merged(self, soft: Tensor, hard: Tensor, stats: Tensor, at_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         o, divergence = self.options, self._divergence
-        first_column = _logits_at(self.student, torch.zeros_like(self.targets), o.caps[:2])
-        soft, hard, stats, at_ids = self._visited(first_column)
         own = self._sent(soft, hard, stats)
         numbers = torch.stack([x.to(stats.dtype) for x in own.values()], 1)
         if o.soft:
@@ -150,7 +168,7 @@ class Slice(NamedTuple):
                 sums = self.ranks.gathered(self._term_sums(whole.to(stats.dtype)).to(stats.dtype))
                 soft, whole[:, GROWTH], whole[:, TOP] = pytorch.concluded(sums.to(whole.dtype).sum(0).T)
         if o.hard:
-            hard = found.hard(first_column, whole)
+            hard = found.hard(self._first_of_student(), whole)
         return soft.to(dtype), hard.to(dtype), torch.cat([whole, slope], 1).to(stats.dtype)
 
     def backward_options(self) -> RowOptions:
@@ -179,18 +197,33 @@ class Slice(NamedTuple):
         # (Entirely: hard is then the slice's log-sum-exp less its mean.)
         return o._replace(label_smoothing=1.0) if o.label_smoothing > 0 else o
 
-    def _visited(self, first_column: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _first_of_student(self) -> Tensor:
+        """The logits in the first column, [N]."""
+        return _logits_at(self.student, torch.zeros_like(self.targets), self.options.caps[:2])
+
+    def _first_of_teacher(self) -> Tensor:
+        """Likewise, or those of several combined."""
+        weights, firsts = self.teacher[0], torch.zeros_like(self.targets)
+        each = [
+            _logits_at(x, firsts, self.options.caps[2:]) for x in logits_of(Teacher(self.kind, tuple(self.teacher)))
+        ]
+        if self.kind == LOGITS:
+            return each[0]
+        weights, each = weights.reshape(len(firsts), -1), [x.unsqueeze(1) for x in each]
+        temperature, dtype = self.options.teacher_temperature, weights.dtype
+        return ensemble.combined(each, weights, self.kind, temperature, dtype, level=False).squeeze(1)
+
+    def _visited(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """soft, hard and stats of the slice; and of a sparse teacher the student's logits at the ids, [N, k]."""
         rows = self.student, self.teacher, self.targets, self.kind, self._first_options()
         if self._sparse:
             soft, hard, stats, at_ids = capped.in_pieces(sparse.rows_visited, *rows)
-            _say_nothing(stats, STUDENT_MAX, (HARD_SUM,), first_column)
+            _say_nothing(stats, STUDENT_MAX, (HARD_SUM,), self._first_of_student())
             return soft, hard, stats, at_ids
         soft, hard, stats = capped.rows_forward(*rows)
-        _say_nothing(stats, STUDENT_MAX, (STUDENT_SUM, HARD_SUM), first_column)
+        _say_nothing(stats, STUDENT_MAX, (STUDENT_SUM, HARD_SUM), self._first_of_student())
         if self.options.soft:
-            of_teacher = _logits_at(self.teacher[0], torch.zeros_like(self.targets), self.options.caps[2:])
-            _say_nothing(stats, TEACHER_MAX, (TEACHER_SUM,), of_teacher)
+            _say_nothing(stats, TEACHER_MAX, (TEACHER_SUM,), self._first_of_teacher())
         return soft, hard, stats, stats[:, :0]
 
     def _sent(self, soft: Tensor, hard: Tensor, stats: Tensor) -> dict[int | str, Tensor]:
@@ -222,9 +255,12 @@ class Slice(NamedTuple):
         which columns have more than half of q, visit and gradient must see alike."""
 
         def terms(
-            student: Tensor, teacher: Sequence[Tensor], targets: Tensor, _: str, options: RowOptions, stats: Tensor
-        ) -> tuple[Tensor, ...]:
-            return (pytorch.rows_terms(LogitRows(student, teacher[0], targets, options), stats).T,)
+            student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions, stats: Tensor
+        ) -> tuple[Tensor]:
+            if kind == LOGITS:
+                return (pytorch.rows_terms(LogitRows(student, teacher[0], targets, options), stats).T,)
+            rows = ensemble.combined_rows(student, teacher, targets, kind, options)
+            return (torch.cat([pytorch.rows_terms(piece, stats[span]).T for _, piece, _, span in rows]),)
 
         rows = self.student, self.teacher, self.targets, self.kind, self.options
         return capped.in_pieces(terms, *rows, stats)[0]
