@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fused_kd import FusedKDLoss, FusedLinearKDLoss, SparseTeacher, fused_kd_loss, fused_linear_kd_loss
 from fused_kd.divergences import JSD, CrossEntropy, Divergence, ForwardKL, LogitMSE, ReverseKL
+from fused_kd.ensemble import ENSEMBLES
 from fused_kd.reference import kd_loss, soft_term
 
 if not torch.distributed.is_available():
@@ -89,7 +90,7 @@ def check(
         return loss.detach(), logits.grad
 
     exact = student.detach().double().requires_grad_()
-    given = {name: x for name, x in options.items() if name not in ("backend", "return_parts", "inplace")}
+    given = {name: x for name, x in options.items() if name not in ("backend", "return_parts", "inplace", "entropies")}
     expected = kd_loss(exact, exactly(teacher), labels, **given)
     upstream = torch.linspace(0.5, 1.5, expected.numel(), dtype=torch.float64).reshape(expected.shape)
     (exact_gradient,) = torch.autograd.grad(expected, exact, upstream)
@@ -254,6 +255,19 @@ def test_rows_that_do_not_count_are_not_read(backend: str) -> None:
     student[1], teacher[1, :30] = torch.nan, INF
     labels = torch.tensor([3, -100, 31, 89])
     check(student, teacher, labels, (30, 60), backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 5), (2, 0)], ids=str)
+@pytest.mark.parametrize("given", ["logits", "sparse", *ENSEMBLES])
+def test_one_position_and_none(given: str, shape: tuple[int, ...]) -> None:
+    student, teacher = make_logits("wide", *shape, 30)
+    labels = make_labels(*shape, vocabulary=30, ignored=0)
+    teachers: Any = SparseTeacher.from_logits(teacher, 3) if given == "sparse" else teacher
+    how: dict[str, Any] = {"divergence": "jsd", "student_softcap": 20.0}
+    if given in ENSEMBLES:
+        teachers, how["ensemble"] = [teacher, student], given
+    check(student, teachers, labels, (10, 20), **how)
+    check(student, teachers, labels, (10, 20), return_parts=True, entropies=True, **how)
 
 
 def test_a_label_out_of_range(backend: str) -> None:

@@ -119,7 +119,7 @@ class Found(NamedTuple):
         whole, own = logs.logsumexp(0), x[STUDENT_SUM][r] + x[LOG_RATIO][r]
         stats[:, TEACHER_MAX] = x[TEACHER_MAX][r]
         share = (logs[r] - whole).exp().clamp(min=_LEAST)
-        stats[:, STUDENT_SUM] = torch.where(own == 0, 1.0, own / share)
+        stats[:, STUDENT_SUM] = own / share
         return whole
 
     @property

@@ -209,7 +209,7 @@ class Slice(NamedTuple):
         ]
         if self.kind == LOGITS:
             return each[0]
-        weights, each = weights.reshape(len(firsts), -1), [x.unsqueeze(1) for x in each]
+        weights, each = weights.reshape(len(firsts), weights.shape[-1]), [x.unsqueeze(1) for x in each]
         temperature, dtype = self.options.teacher_temperature, weights.dtype
         return ensemble.combined(each, weights, self.kind, temperature, dtype, level=False).squeeze(1)
 
