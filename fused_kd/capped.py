@@ -7,7 +7,7 @@ a Practical Size", section 2). They are written for a few rows at a time, in flo
 verbs; the gradient over them becomes the logits' own. Where `RowOptions.caps` is empty nothing of this happens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,6 +98,26 @@ def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, ki
     for z, t, of_piece, _, span in visited(student, teacher, kind, options):
         result[span] = teachers.rows_entropy(z, t, targets[span], kind, of_piece)
     return result
+
+
+def in_pieces(
+    verb: Callable[..., tuple[Tensor, ...]],
+    student: Tensor,
+    teacher: Sequence[Tensor],
+    targets: Tensor,
+    kind: str,
+    options: RowOptions,
+    *vectors: Tensor,
+) -> tuple[Tensor, ...]:
+    """What a verb finds in the rows, [N, ...] each. It takes the arguments from `student` on without caps, and vectors
+    with something of each row."""
+    if not options.caps:
+        return verb(student, teacher, targets, kind, options, *vectors)
+    found = [
+        verb(z, t, targets[span], kind, of_piece, *(x[span] for x in vectors))
+        for z, t, of_piece, _, span in visited(student, teacher, kind, options)
+    ]
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def _caps(options: RowOptions) -> tuple[Cap, Cap]:

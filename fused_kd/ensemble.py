@@ -12,6 +12,7 @@ no part in them, whatever it holds.
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
@@ -52,16 +53,18 @@ def combined(
     """Logits [..., V] of the mean of these [..., V], for weights [..., K], computed in float64 and rounded to `dtype`.
 
     Of an arithmetic mean they are log p times the temperature; not at a `level`, but for a number that is added to a
-    row, with which they are about as large as the teachers' and rounded as little.
+    row, with which they are about as large as the teachers' and rounded as little. Where the columns are some of a
+    longer row, the weights have its `log_sums` after them, [..., 2 K].
     """
     exact = exact_dtype(weights.device)
+    weights, *of_whole = torch.split(weights, len(teachers), -1)
     shares = weights.to(exact).unsqueeze(-1).unbind(-2)
     zero = torch.zeros((), dtype=exact, device=weights.device)
     if kind == "geometric":
         terms = (torch.where(w == 0, zero, t.to(exact) * w) for t, w in zip(teachers, shares, strict=True))
         return sum(terms, zero).to(dtype)
     scaled = [t.to(exact) / temperature for t in teachers]
-    log_sums = [x.logsumexp(-1, keepdim=True) for x in scaled]
+    log_sums = [x.unsqueeze(-1) for each in of_whole for x in each.unbind(-1)] or [_log_sum(x) for x in scaled]
     base = zero
     if not level:
         base = sum((torch.where(w == 0, zero, w * x) for w, x in zip(shares, log_sums, strict=True)), zero)
@@ -73,10 +76,22 @@ def combined(
     return (mean * temperature).to(dtype)
 
 
+def log_sums(teachers: Sequence[Tensor], temperature: float) -> Tensor:
+    """log sum exp(t / temperature) of each, [..., K], in float64."""
+    exact = exact_dtype(teachers[0].device)
+    return torch.cat([_log_sum(t.to(exact) / temperature) for t in teachers], -1)
+
+
+def _log_sum(x: Tensor) -> Tensor:
+    return x.logsumexp(-1, keepdim=True)
+
+
 def pieces(sizes: Sequence[int], rows: int) -> Iterator[tuple[tuple[int | slice, ...], slice]]:
     """The rows of a tensor [*sizes, ...] in their order, in views of at most so many, or of one: what indexes each, and
     which of all rows it has."""
     axis, inner = len(sizes), 1
+    if math.prod(sizes) == 0:
+        axis = inner = 0
     while axis > 0 and inner * sizes[axis - 1] <= rows:
         axis -= 1
         inner *= sizes[axis]
@@ -96,7 +111,8 @@ def piece_rows(like: Tensor) -> int:
     return max(1, (_PIECE if like.device.type == "cpu" else _PIECE_ON_A_GPU) // like.shape[-1])
 
 
-# The verbs. `teacher` is (weights [..., K], t_1 [..., V_1], ... t_K).
+# The verbs. `teacher` is (weights [..., K], t_1 [..., V_1], ... t_K); with columns that are some of a longer row's, the
+# weights are [..., 2 K] as in `combined`.
 
 
 def backend_for(name: str, student: Tensor, teacher: Sequence[Tensor], divergence: str) -> Backend:
@@ -115,7 +131,8 @@ def backend_for(name: str, student: Tensor, teacher: Sequence[Tensor], divergenc
 
 def check_teacher(student: Tensor, teacher: Sequence[Tensor]) -> None:
     """Of an operator. Raises ValueError or TypeError."""
-    if len(teacher) < 2 or teacher[0].shape[-1] != len(teacher) - 1 or not teacher[0].is_floating_point():
+    number = len(teacher) - 1
+    if number < 1 or teacher[0].shape[-1] not in (number, 2 * number) or not teacher[0].is_floating_point():
         shapes = [(x.dtype, tuple(x.shape)) for x in teacher]
         raise ValueError(f"teacher must be floating weights [..., K] and K tensors of logits, got {shapes}")
     check_dense("teacher", teacher[0])
@@ -135,7 +152,7 @@ def rows_forward(
     soft, hard, stats = new_results(student, targets, row_dtypes(student, teacher))
     # All of them: in a piece a row has another number.
     check_targets(LogitRows(student, common_columns(student, teacher[1:]), targets, options))
-    for backend, rows, _, span in _pieces(student, teacher, targets, kind, options):
+    for backend, rows, _, span in combined_rows(student, teacher, targets, kind, options):
         soft[span], hard[span], stats[span] = backend.rows_forward(rows)
     return soft, hard, stats
 
@@ -151,18 +168,36 @@ def rows_backward(
     options: RowOptions,
     out: Tensor,
 ) -> None:
-    for backend, rows, index, span in _pieces(student, teacher, targets, kind, options):
+    for backend, rows, index, span in combined_rows(student, teacher, targets, kind, options):
         of_soft, of_hard = (grad[span].to(stats.dtype) for grad in (grad_soft, grad_hard))
         backend.rows_backward(rows, stats[span], of_soft, of_hard, out[index])
 
 
 def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:
-    dtype, _, _ = row_dtypes(student, teacher)
-    result = student.new_empty(targets.numel(), dtype=dtype)
+    return rows_with_themselves(student, teacher, targets, kind, options)[0]
+
+
+def rows_with_themselves(
+    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward verb for the combined logits as student and teacher: `rows_entropy`, and stats."""
+    soft, hard, stats = new_results(student, targets, row_dtypes(student, teacher))
     options = with_itself(options, options.teacher_temperature)
-    for backend, rows, _, span in _pieces(student, teacher, targets, kind, options):
-        result[span], _, _ = backend.rows_forward(rows._replace(student=rows.teacher))
-    return result
+    for backend, rows, _, span in combined_rows(student, teacher, targets, kind, options):
+        soft[span], hard[span], stats[span] = backend.rows_forward(rows._replace(student=rows.teacher))
+    return soft, hard, stats
+
+
+def rows_log_sums(
+    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
+) -> tuple[Tensor]:
+    """`log_sums` of the rows' teachers, [N, K]."""
+    _, *teachers = teacher
+    found = [
+        log_sums([x[index] for x in teachers], options.teacher_temperature).reshape(-1, len(teachers))
+        for index, _ in pieces(student.shape[:-1], piece_rows(student))
+    ]
+    return (torch.cat(found),)
 
 
 def common_columns(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
@@ -171,9 +206,11 @@ def common_columns(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
     return max(teachers, key=lambda x: x.dtype == torch.float64)[..., :columns]
 
 
-def _pieces(
+def combined_rows(
     student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
 ) -> Iterator[tuple[Backend, LogitRows, tuple[int | slice, ...], slice]]:
+    """Pieces of the rows with the combined logits as their teacher: the backend, what indexes each, and which of all
+    rows it has."""
     weights, *teachers = teacher
     level = with_parameters(options.divergence, options.parameters) == LogitMSE(centred=False)
     backend = backend_for(options.backend, student, teacher, options.divergence)

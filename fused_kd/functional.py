@@ -125,9 +125,11 @@ def fused_kd_loss(
         process_group: tensor parallelism: the logits are this rank's slice of the vocabulary. Slices lie in the order
             of the ranks, of any width, student and teacher cut alike; labels are those of the whole vocabulary. Every
             rank calls with the same positions, labels and weights, gets the loss over the whole vocabulary, to the
-            same bits, and the gradient of its slice. Of one teacher's logits, and in eager mode. Divergences other than
-            the KLs, cross entropy and logit MSE take the torch backend. DTensors that are sharded on the vocabulary
-            say it by themselves; their loss is an ordinary tensor, the same on every rank.
+            same bits, and the gradient of its slice. Each of several teachers is cut as the student; a `SparseTeacher`
+            is whole, with ids of the whole vocabulary, and the same on every rank. In eager mode. Of logits, the
+            divergences other than forward and reverse KL, cross entropy and logit MSE take the torch backend. DTensors
+            that are sharded on the vocabulary say it by themselves; their loss is an ordinary tensor, the same on every
+            rank.
         backend: "auto", "cpu", "triton", "cuda" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND,
             else the first that fits. `fused-kd info` lists them.
         num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as
@@ -216,8 +218,8 @@ def compute(
     if options.process_group is not None:
         from fused_kd import parallel  # noqa: PLC0415  (PyTorch may be built without torch.distributed)
 
-        ranks = parallel.ranks_of(student_logits, teacher, options, eager)
-        run, entropies_of = partial(parallel.rows_loss, ranks), ranks.row_entropies
+        slices = parallel.slices_of(student_logits, teacher, options, eager)
+        run, entropies_of = partial(parallel.rows_loss, slices), slices.row_entropies
     loss, *terms = run(
         student_logits,
         teacher,

@@ -75,8 +75,9 @@ def fused_linear_kd_loss(
         recompute: keep no gradient between forward and backward, which projects everything again. reduction="none"
             always does, since its upstream gradient is not one number.
         options: those of `fused_kd_loss`, with its defaults; inplace=True has no meaning here. With `process_group`
-            weights and biases are this rank's slice of the vocabulary, and the hidden states are whole; so is their
-            gradient, which is summed over the ranks here, in float32 (by nobody else, then).
+            weights, biases and `teacher_logits` are this rank's slice of the vocabulary (a `SparseTeacher` is whole),
+            and the hidden states are whole; so is their gradient, which is summed over the ranks here, in float32 (by
+            nobody else, then).
 
     Returns:
         As `fused_kd_loss` does.
@@ -150,7 +151,7 @@ def compute_linear(
     if options.process_group is not None:
         from fused_kd import parallel  # noqa: PLC0415  (PyTorch may be built without torch.distributed)
 
-        run = partial(parallel.linear_loss, parallel.ranks_of(like, teacher, options, eager))
+        run = partial(parallel.linear_loss, parallel.slices_of(like, teacher, options, eager))
     results: tuple[Tensor, ...] = run(
         *student[:3],
         [*given, *(head.hidden.detach() for head in heads)],

@@ -22,7 +22,7 @@ from fused_kd.ops import no_second_derivative, operator
 from fused_kd.saving import save, saved
 
 if TYPE_CHECKING:
-    from fused_kd.parallel import Ranks
+    from fused_kd.parallel.slices import Slices
 
 _BLOCK = 1 << 24  # elements of a gradient that are rounded at a time
 
@@ -69,10 +69,10 @@ def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[_
     return (_Operands(*operands, chunk_rows, options),)
 
 
-def results_of(a: _Operands, ranks: "Ranks | None" = None) -> tuple[Tensor, ...]:
+def results_of(a: _Operands, slices: "Slices | None" = None) -> tuple[Tensor, ...]:
     wanted = (False, False, False) if a.recompute else a.wanted
     vectors = (a.targets, a.coef_soft, a.coef_hard)
-    rows = linear_rows(a.student, a.teacher, *vectors, a.options, wanted, a.entropies, a.chunk_rows, ranks)
+    rows = linear_rows(a.student, a.teacher, *vectors, a.options, wanted, a.entropies, a.chunk_rows, slices)
     losses = rows.soft * a.coef_soft + rows.hard * a.coef_hard
     of_hidden, *others = rows.gradients
     gradients = (None if of_hidden is None else of_hidden.view(a.student.hidden.shape), *others)

@@ -24,7 +24,7 @@ from fused_kd.gradient_memory import empty
 from fused_kd.teachers import LOGITS, Teacher
 
 if TYPE_CHECKING:
-    from fused_kd.parallel import Ranks
+    from fused_kd.parallel.slices import Slices
 
 # What the logits of a chunk may take, with their gradient where that has a place of its own. A longer chunk reads the
 # heads less often and adds less often to dW.
@@ -115,16 +115,16 @@ def linear_rows(
     wanted: tuple[bool, bool, bool],
     entropies: bool,
     chunk_rows: int | None,
-    ranks: "Ranks | None" = None,
+    slices: "Slices | None" = None,
 ) -> LinearRows:
     """The gradients are those of sum(coef_soft * soft + coef_hard * hard), where `wanted`: by the student's hidden
-    states, weight and bias. chunk_rows None takes what CHUNK_BYTES allow. Where the heads are slices of the vocabulary
-    over `ranks`, the hidden states' gradient is the slice's share. Raises IndexError or ValueError for rows, as the
-    verbs do."""
+    states, weight and bias. chunk_rows None takes what CHUNK_BYTES allow. Where the heads are `slices` of the
+    vocabulary, the hidden states' gradient is the slice's share. Raises IndexError or ValueError for rows, as the verbs
+    do."""
     like, logits = student.logits_like(), teacher.as_teacher()
     if not options.caps:  # capped logits have another dtype
         options = options._replace(backend=teachers.backend_name(options.backend, like, logits, options.divergence))
-    (ranks or teachers).check_rows(like, logits, targets, options)
+    (slices or teachers).check_rows(like, logits, targets, options)
     columns = teachers.common_columns(like, logits)
     dtype, *_ = teachers.row_dtypes(logits.kind, like, logits.tensors)
     soft, hard, *of_both = (targets.new_zeros(targets.shape, dtype=dtype) for _ in range(4 if entropies else 2))
@@ -139,11 +139,11 @@ def linear_rows(
     head, heads = student.cut(columns), [each.cut(columns) for each in teacher.heads if read]
     over = head.dtype == head.logits_dtype  # the gradient is written over the logits
     dtypes = [x.logits_dtype for x in (head, *heads)] + ([] if over or not any(wanted) else [head.dtype])
-    widest = columns if ranks is None else ranks.widest()  # ranks meet at every chunk
+    widest = columns if slices is None else slices.widest()  # ranks meet at every chunk
     size = min(len(targets), chunk_rows or CHUNK_BYTES // (widest * sum(x.itemsize for x in dtypes)) or 1)
     spans = _spans(targets, size)
     space = _side_by_side(size if spans else 0, columns, dtypes, targets.device)
-    gradients, verbs = _Sums(student, head, wanted, spans, len(targets)), ranks or capped
+    gradients, verbs = _Sums(student, head, wanted, spans, len(targets)), slices or capped
     for rows in spans:
         x, target = _taken(student.hidden, rows).to(head.dtype), targets[rows]
         if wanted[1] and isinstance(rows, slice):  # 0 times what an ignored row holds would be NaN in dW, if that is
@@ -158,7 +158,7 @@ def linear_rows(
         if read:
             piece = Teacher(teacher.kind, (*(_taken(each, rows) for each in teacher.tensors), *projected))
         if entropies:
-            of_piece = row_entropies if ranks is None else ranks.row_entropies
+            of_piece = row_entropies if slices is None else slices.row_entropies
             of_both[0][rows], of_both[1][rows] = of_piece(s, piece, target, options, None)
         if any(wanted):
             g = s if over else places[-1]

@@ -173,7 +173,7 @@ def backend_for(name: str, student: Tensor, teacher: Sequence[Tensor], divergenc
 def check_rows(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str) -> None:
     """On the CPU. Raises IndexError or ValueError for a row that counts and cannot be."""
     if targets.device.type == "cpu":
-        _checked(_slots(student, teacher), targets, kind, student.shape[-1])
+        _checked(_slots(teacher, student.shape[-1]), targets, kind, student.shape[-1])
 
 
 def row_dtypes(student: Tensor, teacher: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, int]:
@@ -185,24 +185,53 @@ def row_dtypes(student: Tensor, teacher: Sequence[Tensor]) -> tuple[torch.dtype,
 def rows_forward(
     student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    divergence = with_parameters(options.divergence, options.parameters)
-    _check_divergence(kind, divergence)
-    slots = _slots(student, teacher)
-    log_p, log_sum = _checked(slots, targets, kind, student.shape[-1])
-    backend, rows = _rest_rows(student, slots, targets, options)
-    soft, hard, stats = backend.rows_forward(rows)
+    columns = student.shape[-1]
+    slots = _slots(teacher, columns)
+    log_p = _teachers_classes(slots, targets, kind, columns)
+    soft, hard, stats, at_ids = _visited(student, slots, targets, options)
     slope = stats.new_zeros((len(stats), slots.ids.shape[-1] + 1))
     if options.soft:
-        exact = log_p.dtype
-        total = stats[:, STUDENT_SUM].to(exact) + stats[:, LOG_RATIO].to(exact)
-        rest = stats[:, TEACHER_MAX].to(exact) / options.temperature + total.log()
-        x = torch.where(slots.filled, _logits_at(student, slots).to(exact) / options.temperature, -torch.inf)
-        log_p = _teachers_classes(slots, log_p, log_sum, kind, student.shape[-1])
-        value, gradient = _of_classes(x, rest, log_p, kind, divergence)
-        value = torch.where(in_range(targets, student.shape[-1]), value, torch.nan)
-        soft = torch.where(targets == SKIP, 0.0, value).to(soft.dtype)
-        slope = gradient.to(stats.dtype)
+        rest = log_rest(stats[:, TEACHER_MAX], stats[:, STUDENT_SUM], stats[:, LOG_RATIO], options)
+        value, gradient = concluded(log_p, at_ids, rest, targets, columns, kind, options)
+        soft, slope = value.to(soft.dtype), gradient.to(stats.dtype)
     return soft, hard, torch.cat([stats, slope], -1)
+
+
+def rows_visited(
+    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All that `concluded` needs of the student: what the verb has of REST, and the logits at the ids [N, k], -inf
+    where there is none. The columns may be some of a longer row, from the first of which ids and labels are counted."""
+    return _visited(student, _slots(teacher, student.shape[-1]), targets, options)
+
+
+def teachers_classes(teacher: Sequence[Tensor], targets: Tensor, kind: str, columns: int | Tensor) -> Tensor:
+    """log p of the classes, [N, k + 1], float64; NaN in rows that cannot be. On the CPU these raise."""
+    return _teachers_classes(_slots(teacher, columns), targets, kind, columns)
+
+
+def concluded(
+    log_p: Tensor,
+    at_ids: Tensor,
+    rest: Tensor,
+    targets: Tensor,
+    columns: int | Tensor,
+    kind: str,
+    options: RowOptions,
+) -> tuple[Tensor, Tensor]:
+    """The soft term [N] of rows of so many columns, and its gradient [N, k + 1], times tau, in the logarithms of the
+    student's masses, in float64: from the teacher's classes, the student's logits at the ids, and log R of REST."""
+    divergence = with_parameters(options.divergence, options.parameters)
+    _check_divergence(kind, divergence)
+    value, gradient = _of_classes(at_ids.to(log_p.dtype) / options.temperature, rest, log_p, kind, divergence)
+    value = torch.where(in_range(targets, columns), value, torch.nan)
+    return torch.where(targets == SKIP, 0.0, value), gradient
+
+
+def log_rest(point: Tensor, total: Tensor, rounding: Tensor, options: RowOptions) -> Tensor:
+    """log R of REST, in float64, from the stats that have it."""
+    exact = exact_dtype(total.device)
+    return point.to(exact) / options.temperature + (total.to(exact) + rounding.to(exact)).log()
 
 
 def rows_backward(
@@ -216,7 +245,7 @@ def rows_backward(
     options: RowOptions,
     out: Tensor,
 ) -> None:
-    slots = _slots(student, teacher)
+    slots = _slots(teacher, student.shape[-1])
     stats, slope = stats[:, :STATS], stats[:, STATS:]
     values = (grad_soft / options.temperature).unsqueeze(1) * slope[:, :-1]
     columns = student.shape[-1]
@@ -245,9 +274,14 @@ def rows_backward(
 
 
 def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:
-    slots = _slots(student, teacher)
-    log_p, log_sum = _checked(slots, targets, kind, student.shape[-1])
-    value = entropy(_teachers_classes(slots, log_p, log_sum, kind, student.shape[-1]))
+    return classes_entropy(student, teacher, targets, kind, student.shape[-1])
+
+
+def classes_entropy(
+    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, columns: int | Tensor
+) -> Tensor:
+    """`rows_entropy`, of rows of so many columns."""
+    value = entropy(teachers_classes(teacher, targets, kind, columns))
     return torch.where(targets == SKIP, 0.0, value).to(row_dtype(student))
 
 
@@ -260,13 +294,13 @@ class _Slots(NamedTuple):
     filled: Tensor
 
 
-def _slots(student: Tensor, teacher: Sequence[Tensor]) -> _Slots:
+def _slots(teacher: Sequence[Tensor], columns: int | Tensor) -> _Slots:
     given, log_probs = (x.reshape(-1, x.shape[-1]) for x in teacher)
-    filled = (given >= 0) & (given < student.shape[-1]) & (log_probs != -torch.inf)
+    filled = (given >= 0) & (given < columns) & (log_probs != -torch.inf)
     return _Slots(given, log_probs, torch.where(filled, given, -1).to(torch.int64), filled)
 
 
-def _checked(slots: _Slots, targets: Tensor, kind: str, columns: int) -> tuple[Tensor, Tensor]:
+def _checked(slots: _Slots, targets: Tensor, kind: str, columns: int | Tensor) -> tuple[Tensor, Tensor]:
     """log p in float64, -inf where empty, and log sum p [N, 1]; NaN in rows that cannot be. On the CPU these raise, if
     they count."""
     log_p = slots.log_probs.to(exact_dtype(targets.device))
@@ -310,16 +344,24 @@ def _logits_at(student: Tensor, slots: _Slots) -> Tensor:
     return student.gather(-1, ids).reshape(slots.ids.shape)
 
 
-def _teachers_classes(slots: _Slots, log_p: Tensor, log_sum: Tensor, kind: str, columns: int) -> Tensor:
-    """log p of the classes, [N, k + 1]."""
-    log_rest = torch.full_like(log_sum, -torch.inf)
+def _visited(
+    student: Tensor, slots: _Slots, targets: Tensor, options: RowOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend, rows = _rest_rows(student, slots, targets, options)
+    at_ids = torch.where(slots.filled, _logits_at(student, slots), -torch.inf)
+    return *backend.rows_forward(rows), at_ids
+
+
+def _teachers_classes(slots: _Slots, targets: Tensor, kind: str, columns: int | Tensor) -> Tensor:
+    log_p, log_sum = _checked(slots, targets, kind, columns)
+    log_left = torch.full_like(log_sum, -torch.inf)
     scale = torch.zeros_like(log_sum) if kind == "truncate" else log_sum
     if kind == "rest":
         # With no other column, and where rounding makes their sum more than 1, p is divided by that.
         whole = (slots.filled.sum(-1, keepdim=True) == columns) | (log_sum > 0)
-        log_rest = torch.where(whole, log_rest, (-log_sum.exp()).log1p())
+        log_left = torch.where(whole, log_left, (-log_sum.exp()).log1p())
         scale = torch.where(whole, log_sum, 0.0)
-    return torch.cat([log_p - scale, log_rest], -1)
+    return torch.cat([log_p - scale, log_left], -1)
 
 
 def _of_classes(x: Tensor, rest: Tensor, log_p: Tensor, kind: str, divergence: Divergence) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 Two of its operations round otherwise: a fused multiply-add rounds twice, and float32 to bfloat16 cuts off. Up to Triton
 3.6 the larger of a number and NaN is NaN, which on a GPU is the number. And it
-believes `tl.multiple_of`, where a GPU refuses the address. All these names are Triton's own affair; a version that
-moves them fails here and not in a tolerance.
+believes `tl.multiple_of`, where a GPU refuses the address. Its state is global: here one thread at a time launches a
+kernel. All these names are Triton's own affair; a version that moves them fails here and not in a tolerance.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from triton.runtime import interpreter
 
 def make_honest() -> None:
     builder = interpreter.InterpreterBuilder
-    cast = builder.cast_impl
+    cast, launch, lock = builder.cast_impl, interpreter.GridExecutor.__call__, threading.RLock()
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         exact = x.data.astype(np.float64) * y.data + z.data
@@ -40,6 +41,10 @@ def make_honest() -> None:
     def create_maxnumf(self: Any, x: Any, y: Any) -> Any:
         return self.binary_op(x, y, np.fmax)
 
+    def launch_alone(self: Any, *arguments: Any, **named: Any) -> Any:
+        with lock:
+            return launch(self, *arguments, **named)
+
     assert callable(builder.create_fma)
     assert callable(builder.create_minnumf)
     assert callable(builder.create_maxnumf)
@@ -47,3 +52,4 @@ def make_honest() -> None:
     builder.create_fma, builder.cast_impl = create_fma, cast_impl
     builder.create_minnumf, builder.create_maxnumf = create_minnumf, create_maxnumf
     interpreter.TensorHandle.set_attr = set_attr
+    interpreter.GridExecutor.__call__ = launch_alone

@@ -383,11 +383,11 @@ def test_what_is_not_finite_stays_in_its_row(missing: Any, backend: str) -> None
 
 def test_on_a_gpu_a_bad_row_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is an error on the CPU, where values can be looked at."""
-    student, teacher = make_logits("wide", 5, 30)
+    _, teacher = make_logits("wide", 5, 30)
     top = SparseTeacher.from_logits(teacher, 3)
     ids, log_probs = top.ids.clone(), top.log_probs.clone()
     ids[0, 1], ids[1, 2], ids[2, 2], log_probs[3] = 30, -7, ids[2, 0], 3.0
-    slots = sparse._slots(student, (ids, log_probs))
+    slots = sparse._slots((ids, log_probs), 30)
     targets = torch.full((5,), NO_LABEL)
 
     class Elsewhere:

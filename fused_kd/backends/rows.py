@@ -135,7 +135,7 @@ def bad_target(rows: LogitRows, row: int) -> IndexError:
     )
 
 
-def in_range(targets: Tensor, columns: int) -> Tensor:
+def in_range(targets: Tensor, columns: int | Tensor) -> Tensor:
     return ((targets >= 0) & (targets < columns)) | (targets == SKIP) | (targets == NO_LABEL)
 
 

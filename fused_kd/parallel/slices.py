@@ -1,0 +1,280 @@
+"""The verbs of `fused_kd.capped` for rows of which this rank has a slice of the columns."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kd import capped, ensemble, sparse
+from fused_kd.backends import pytorch
+from fused_kd.backends.rows import (
+    GROWTH,
+    HARD_SUM,
+    LOG_RATIO,
+    MISS,
+    STATS,
+    STUDENT_MAX,
+    STUDENT_SUM,
+    TEACHER_MAX,
+    TEACHER_SUM,
+    TOP,
+    LogitRows,
+    RowOptions,
+    check_targets,
+    exact_dtype,
+    with_itself,
+)
+from fused_kd.divergences import Divergence, ForwardKL, LogitMSE, ReverseKL, with_parameters
+from fused_kd.parallel.merging import Found
+from fused_kd.parallel.ranks import Ranks
+from fused_kd.teachers import LOGITS, Teacher, backend_name, logits_of
+
+# What a rank sends of a row: the term, and what the terms of all are put together from.
+_OF_SOFT = (STUDENT_MAX, TEACHER_MAX, STUDENT_SUM, TEACHER_SUM, LOG_RATIO)
+_OF_LOGIT_MSE = (GROWTH, TOP)
+_OF_REST = (TEACHER_MAX, STUDENT_SUM, LOG_RATIO)
+_OF_HARD = (STUDENT_MAX, HARD_SUM, MISS)
+
+# No backend measures a row from a lower point, if it has a logit that counts.
+_NOTHING = -1e28
+
+
+class Slices(NamedTuple):
+    """The targets that its methods take are labels of the whole vocabulary, and the ids of a sparse teacher too."""
+
+    ranks: Ranks
+
+    def widest(self) -> int:
+        return self.ranks.widest()
+
+    def check_rows(self, student: Tensor, teacher: Teacher, targets: Tensor, options: RowOptions) -> None:
+        """Raises, on the CPU, for a label that nobody has, and for a row of a sparse teacher that cannot be."""
+        if targets.device.type == "cpu":
+            whole = student.new_empty(1).expand(int(self.ranks.columns))
+            check_targets(LogitRows(whole, whole, targets, options))
+            if teacher.kind in sparse.MISSING:
+                sparse.check_rows(whole, teacher.tensors, targets, teacher.kind)
+
+    def of(
+        self, student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
+    ) -> "Slice":
+        columns, part = student.shape[-1], teacher
+        if columns == 1:  # which native kernels know to be all of p and q
+            options = options._replace(backend=pytorch.NAME)
+        local, owner = self.ranks.targets(targets, columns)
+        if kind in sparse.MISSING:
+            part = self.ranks.ids(teacher[0], columns), teacher[1]
+        elif kind == "arithmetic":
+            (own,) = capped.in_pieces(ensemble.rows_log_sums, student, teacher, local, kind, options)
+            log_sums = self.ranks.gathered(own).logsumexp(0)
+            part = torch.cat([teacher[0], log_sums.view(teacher[0].shape)], -1), *teacher[1:]
+        return Slice(self.ranks, student, part, teacher, local, owner, kind, options)
+
+    def rows_forward(
+        self, student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.of(student, teacher, targets, kind, options).forward()
+
+    def rows_fused(
+        self,
+        student: Tensor,
+        teacher: Sequence[Tensor],
+        targets: Tensor,
+        coef_soft: Tensor,
+        coef_hard: Tensor,
+        kind: str,
+        options: RowOptions,
+        out: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        own = self.of(student, teacher, targets, kind, options)
+        soft, hard, stats = own.forward()
+        vectors = stats, coef_soft, coef_hard
+        capped.rows_backward(student, own.teacher, own.targets, *vectors, kind, own.backward_options(), out)
+        return soft, hard
+
+    def row_entropies(
+        self, student: Tensor, teacher: Teacher, targets: Tensor, rows: RowOptions, symbolic: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`fused_kd.entropies`, of whole rows."""
+        of_student = self._entropy(student, targets, rows, rows.temperature, rows.caps[:2])
+        if teacher.kind in sparse.MISSING:
+            columns = self.ranks.columns
+            return of_student, sparse.classes_entropy(student, teacher.tensors, targets, teacher.kind, columns)
+        if teacher.kind != LOGITS:
+            mean = with_itself(rows, rows.teacher_temperature)
+            return of_student, self.of(student, teacher.tensors, targets, teacher.kind, mean).entropy_of_teachers()
+        return of_student, self._entropy(teacher.tensors[0], targets, rows, rows.teacher_temperature, rows.caps[2:])
+
+    def _entropy(
+        self, logits: Tensor, targets: Tensor, rows: RowOptions, temperature: float, caps: tuple[float, ...]
+    ) -> Tensor:
+        itself = with_itself(rows, temperature)._replace(caps=caps * 2)
+        if not caps:  # capped logits have another dtype
+            backend = backend_name(rows.backend, logits, Teacher(LOGITS, (logits,)), itself.divergence)
+            itself = itself._replace(backend=backend)
+        return self.rows_forward(logits, [logits], targets, LOGITS, itself)[0]
+
+
+def takes_second_visit(kind: str, divergence: Divergence) -> bool:
+    """Of the columns: the classes of a sparse teacher are known after one."""
+    return divergence.family is not None and kind not in sparse.MISSING
+
+
+class Slice(NamedTuple):
+    """Of rows: what the verbs take, and beside it what is only to be seen with the other ranks'."""
+
+    ranks: Ranks
+    student: Tensor  # [..., the slice's columns]
+    teacher: Sequence[Tensor]  # likewise, or ids counted from the first of these columns
+    whole_teacher: Sequence[Tensor]  # what was given
+    targets: Tensor  # of the slice, as if it were the vocabulary
+    owner: Tensor  # the rank that has the label, or what else the target is
+    kind: str
+    options: RowOptions
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """soft[N] and hard[N] of the whole rows, and the stats that the backward verbs take for this slice."""
+        return self._merged(*self._visited())
+
+    def entropy_of_teachers(self) -> Tensor:
+        """Of several; with the options of `with_itself`."""
+        rows = self.student, self.teacher, self.targets, self.kind, self.options
+        soft, hard, stats = capped.in_pieces(ensemble.rows_with_themselves, *rows)
+        first = self._first_of_teacher()
+        for point, total in (STUDENT_MAX, STUDENT_SUM), (TEACHER_MAX, TEACHER_SUM):
+            _say_nothing(stats, point, (total,), first)
+        return self._merged(soft, hard, stats, stats[:, :0])[0]
+
+    def _merged(self, soft: Tensor, hard: Tensor, stats: Tensor, at_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        o, divergence = self.options, self._divergence
+        own = self._sent(soft, hard, stats)
+        numbers = torch.stack([x.to(stats.dtype) for x in own.values()], 1)
+        if o.soft:
+            numbers = torch.cat([numbers, at_ids.to(stats.dtype)], 1)
+        received = self.ranks.gathered(numbers).to(exact_dtype(stats.device))
+        found = Found(dict(zip(own, received.unbind(-1), strict=False)), self.owner, self.ranks, o)
+        whole = torch.zeros((len(stats), STATS), dtype=received.dtype, device=stats.device)
+        slope = whole.new_zeros((len(stats), at_ids.shape[1] + self._sparse))
+
+        dtype = soft.dtype
+        if o.soft and self._sparse:
+            soft, slope = self._of_classes(received[..., len(own) :].amax(0), found.rest(whole))
+        elif o.soft and isinstance(divergence, LogitMSE):
+            soft = found.logit_mse(divergence, whole)
+        elif o.soft:
+            soft = found.soft(self._first_options().divergence, whole)
+            if takes_second_visit(self.kind, divergence):
+                sums = self.ranks.gathered(self._term_sums(whole.to(stats.dtype)).to(stats.dtype))
+                soft, whole[:, GROWTH], whole[:, TOP] = pytorch.concluded(sums.to(whole.dtype).sum(0).T)
+        if o.hard:
+            hard = found.hard(self._first_of_student(), whole)
+        return soft.to(dtype), hard.to(dtype), torch.cat([whole, slope], 1).to(stats.dtype)
+
+    def backward_options(self) -> RowOptions:
+        """Those of the backward verbs: as much of label smoothing as the slice is of the vocabulary. (On a GPU that
+        waits.)"""
+        o, columns = self.options, self.student.shape[-1]
+        if takes_second_visit(self.kind, self._divergence):
+            o = o._replace(backend=pytorch.NAME)
+        if o.label_smoothing > 0:
+            o = o._replace(label_smoothing=o.label_smoothing * columns / int(self.ranks.columns))
+        return o
+
+    @property
+    def _sparse(self) -> bool:
+        return self.kind in sparse.MISSING
+
+    @property
+    def _divergence(self) -> Divergence:
+        return with_parameters(self.options.divergence, self.options.parameters)
+
+    def _first_options(self) -> RowOptions:
+        """Of the first visit."""
+        o = self.options
+        if takes_second_visit(self.kind, self._divergence):
+            o = o._replace(divergence=ForwardKL.name, parameters=())
+        # (Entirely: hard is then the slice's log-sum-exp less its mean.)
+        return o._replace(label_smoothing=1.0) if o.label_smoothing > 0 else o
+
+    def _first_of_student(self) -> Tensor:
+        """The logits in the first column, [N]."""
+        return _logits_at(self.student, torch.zeros_like(self.targets), self.options.caps[:2])
+
+    def _first_of_teacher(self) -> Tensor:
+        """Likewise, or those of several combined."""
+        weights, firsts = self.teacher[0], torch.zeros_like(self.targets)
+        each = [
+            _logits_at(x, firsts, self.options.caps[2:]) for x in logits_of(Teacher(self.kind, tuple(self.teacher)))
+        ]
+        if self.kind == LOGITS:
+            return each[0]
+        weights, each = weights.reshape(len(firsts), weights.shape[-1]), [x.unsqueeze(1) for x in each]
+        temperature, dtype = self.options.teacher_temperature, weights.dtype
+        return ensemble.combined(each, weights, self.kind, temperature, dtype, level=False).squeeze(1)
+
+    def _visited(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """soft, hard and stats of the slice; and of a sparse teacher the student's logits at the ids, [N, k]."""
+        rows = self.student, self.teacher, self.targets, self.kind, self._first_options()
+        if self._sparse:
+            soft, hard, stats, at_ids = capped.in_pieces(sparse.rows_visited, *rows)
+            _say_nothing(stats, STUDENT_MAX, (HARD_SUM,), self._first_of_student())
+            return soft, hard, stats, at_ids
+        soft, hard, stats = capped.rows_forward(*rows)
+        _say_nothing(stats, STUDENT_MAX, (STUDENT_SUM, HARD_SUM), self._first_of_student())
+        if self.options.soft:
+            _say_nothing(stats, TEACHER_MAX, (TEACHER_SUM,), self._first_of_teacher())
+        return soft, hard, stats, stats[:, :0]
+
+    def _sent(self, soft: Tensor, hard: Tensor, stats: Tensor) -> dict[int | str, Tensor]:
+        """What `Found` needs of this slice, beside the logits at ids."""
+        o = self.options
+        sent: dict[int | str, Tensor] = {}
+        if o.soft and self._sparse:
+            sent |= {i: stats[:, i] for i in _OF_REST}
+        elif o.soft:
+            needed: tuple[int, ...] = _OF_LOGIT_MSE if isinstance(self._divergence, LogitMSE) else _OF_SOFT
+            needed = (*needed, TOP) if isinstance(self._divergence, ReverseKL) else needed
+            sent |= {"soft": soft} | {i: stats[:, i] for i in needed}
+        if o.hard:
+            sent |= {"hard": hard} | {i: stats[:, i] for i in _OF_HARD}
+            if o.label_smoothing > 0:
+                logit = _logits_at(self.student, self.targets.clamp(min=0), o.caps[:2]).to(stats.dtype)
+                nll = pytorch.label_loss(stats[:, MISS] * stats[:, HARD_SUM], stats[:, STUDENT_MAX] - logit)
+                sent |= {"hard": nll, "logit": logit, "above mean": hard}
+        return sent
+
+    def _of_classes(self, at_ids: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """The term of a sparse teacher, and its gradient in the logarithms of the classes' masses."""
+        of_rows = self.targets, self.ranks.columns, self.kind
+        log_p = sparse.teachers_classes(self.whole_teacher, self.targets, self.kind, self.ranks.columns)
+        return sparse.concluded(log_p, at_ids, rest, *of_rows, self.options)
+
+    def _term_sums(self, stats: Tensor) -> Tensor:
+        """The second visit: what `pytorch.concluded` takes, [N, 4]. That of other backends has no verb of its own; and
+        which columns have more than half of q, visit and gradient must see alike."""
+
+        def terms(
+            student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions, stats: Tensor
+        ) -> tuple[Tensor]:
+            if kind == LOGITS:
+                return (pytorch.rows_terms(LogitRows(student, teacher[0], targets, options), stats).T,)
+            rows = ensemble.combined_rows(student, teacher, targets, kind, options)
+            return (torch.cat([pytorch.rows_terms(piece, stats[span]).T for _, piece, _, span in rows]),)
+
+        rows = self.student, self.teacher, self.targets, self.kind, self.options
+        return capped.in_pieces(terms, *rows, stats)[0]
+
+
+def _logits_at(logits: Tensor, columns: Tensor, caps: tuple[float, ...]) -> Tensor:
+    """One of each row, [N]."""
+    found = logits.gather(-1, columns.view(*logits.shape[:-1], 1)).flatten()
+    return capped.Cap(*caps).of(found) if caps else found
+
+
+def _say_nothing(stats: Tensor, point: int, sums: tuple[int, ...], first_column: Tensor) -> None:
+    """Makes sums of 0 of a slice of -inf, as the torch and native backends have them. Triton's are NaN, and its point
+    is that of a slice of NaN, too: the first column tells the two apart."""
+    nothing = (stats[:, point] <= _NOTHING) & (first_column <= _NOTHING)
+    for i in sums:
+        stats[:, i] = torch.where(nothing & stats[:, i].isnan(), 0.0, stats[:, i])
