@@ -29,7 +29,7 @@ from fused_kd.divergences import Divergence, ForwardKL, LogitMSE, ReverseKL, wit
 from fused_kd.families import Linear
 from fused_kd.parallel.merging import Found
 from fused_kd.parallel.ranks import Ranks
-from fused_kd.teachers import LOGITS, Teacher, backend_name, logits_of
+from fused_kd.teachers import LOGITS, Teacher, backend_name
 
 # What a rank sends of a row: the term, and what the terms of all are put together from.
 _OF_SOFT = (STUDENT_MAX, TEACHER_MAX, STUDENT_SUM, TEACHER_SUM, LOG_RATIO)
@@ -42,12 +42,9 @@ _NOTHING = -1e28
 
 
 class Slices(NamedTuple):
-    """The targets that its methods take are labels of the whole vocabulary, and the ids of a sparse teacher too."""
+    """The verbs, for targets that are labels of the whole vocabulary; the ids of a sparse teacher are of that, too."""
 
     ranks: Ranks
-
-    def widest(self) -> int:
-        return self.ranks.widest()
 
     def check_rows(self, student: Tensor, teacher: Teacher, targets: Tensor, options: RowOptions) -> None:
         """Raises, on the CPU, for a label that nobody has, and for a row of a sparse teacher that cannot be."""
@@ -223,15 +220,14 @@ class Slice(NamedTuple):
 
     def _first_of_teacher(self) -> Tensor:
         """Likewise, or those of several combined."""
-        weights, firsts = self.teacher[0], torch.zeros_like(self.targets)
-        each = [
-            _logits_at(x, firsts, self.options.caps[2:]) for x in logits_of(Teacher(self.kind, tuple(self.teacher)))
-        ]
+        o, firsts = self.options, torch.zeros_like(self.targets)
         if self.kind == LOGITS:
-            return each[0]
-        weights, each = weights.reshape(len(firsts), weights.shape[-1]), [x.unsqueeze(1) for x in each]
-        temperature, dtype = self.options.teacher_temperature, weights.dtype
-        return ensemble.combined(each, weights, self.kind, temperature, dtype, level=False).squeeze(1)
+            return _logits_at(self.teacher[0], firsts, o.caps[2:])
+        weights, *teachers = self.teacher
+        weights = weights.reshape(len(firsts), weights.shape[-1])
+        each = [_logits_at(x, firsts, o.caps[2:]).unsqueeze(1) for x in teachers]
+        mean = ensemble.combined(each, weights, self.kind, o.teacher_temperature, weights.dtype, level=False)
+        return mean.squeeze(1)
 
     def _visited(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """soft, hard and stats of the slice; and of a sparse teacher the student's logits at the ids, [N, k]."""
@@ -266,9 +262,9 @@ class Slice(NamedTuple):
 
     def _of_classes(self, at_ids: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """The term of a sparse teacher, and its gradient in the logarithms of the classes' masses."""
-        of_rows = self.targets, self.ranks.columns, self.kind
-        log_p = sparse.teachers_classes(self.whole_teacher, self.targets, self.kind, self.ranks.columns)
-        return sparse.concluded(log_p, at_ids, rest, *of_rows, self.options)
+        columns = self.ranks.columns
+        log_p = sparse.teachers_classes(self.whole_teacher, self.targets, self.kind, columns)
+        return sparse.concluded(log_p, at_ids, rest, self.targets, columns, self.kind, self.options)
 
     def _term_sums(self, stats: Tensor) -> Tensor:
         """The second visit, [N, 4]."""
