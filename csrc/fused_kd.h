@@ -36,6 +36,7 @@ enum FkdStat {
     FKD_STATS
 };
 
+#define FKD_TERMS 4
 #define FKD_MAX_DIMS 8
 #define FKD_NUMBERS 16
 
@@ -64,6 +65,10 @@ enum FkdResult { FKD_DONE = -1, FKD_OUT_OF_MEMORY = -2 };
 FKD_API int64_t fkd_abi_version(void);
 FKD_API int64_t fkd_rows_forward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
                                  const FkdLoss* loss, float* soft, float* hard, float* stats, int64_t threads);
+// The second sweep of a family by itself: what the columns add up to, sums[N, FKD_TERMS], for stats that may be those of
+// longer rows, of which these are some columns. Of the CPU library alone.
+FKD_API int64_t fkd_rows_terms(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
+                               const FkdLoss* loss, const float* stats, float* sums, int64_t threads);
 FKD_API int64_t fkd_rows_backward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets,
                                   const FkdLoss* loss, const float* stats, const float* grad_soft,
                                   const float* grad_hard, const FkdRows* gradient, int64_t threads);

@@ -126,10 +126,10 @@ def fused_kd_loss(
             of the ranks, of any width, student and teacher cut alike; labels are those of the whole vocabulary. Every
             rank calls with the same positions, labels and weights, gets the loss over the whole vocabulary, to the
             same bits, and the gradient of its slice. Each of several teachers is cut as the student; a `SparseTeacher`
-            is whole, with ids of the whole vocabulary, and the same on every rank. In eager mode. Of logits, the
-            divergences other than forward and reverse KL, cross entropy and logit MSE take the torch backend. DTensors
-            that are sharded on the vocabulary say it by themselves; their loss is an ordinary tensor, the same on every
-            rank.
+            is whole, with ids of the whole vocabulary, and the same on every rank. In eager mode. Of logits, the "cuda"
+            backend has forward and reverse KL, cross entropy and logit MSE; with the other divergences "auto" takes
+            "torch" there, and for capped logits everywhere. DTensors that are sharded on the vocabulary say it by
+            themselves; their loss is an ordinary tensor, the same on every rank.
         backend: "auto", "cpu", "triton", "cuda" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND,
             else the first that fits. `fused-kd info` lists them.
         num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as

@@ -139,7 +139,7 @@ def linear_rows(
     head, heads = student.cut(columns), [each.cut(columns) for each in teacher.heads if read]
     over = head.dtype == head.logits_dtype  # the gradient is written over the logits
     dtypes = [x.logits_dtype for x in (head, *heads)] + ([] if over or not any(wanted) else [head.dtype])
-    widest = columns if slices is None else slices.widest()  # ranks meet at every chunk
+    widest = columns if slices is None else slices.ranks.widest()  # ranks meet at every chunk
     size = min(len(targets), chunk_rows or CHUNK_BYTES // (widest * sum(x.itemsize for x in dtypes)) or 1)
     spans = _spans(targets, size)
     space = _side_by_side(size if spans else 0, columns, dtypes, targets.device)

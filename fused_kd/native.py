@@ -23,6 +23,7 @@ DIVERGENCES = {"forward_kl": 0, "cross_entropy": 1, "reverse_kl": 2, "logit_mse"
 FAMILIES: dict[type[Family], int] = {Linear: 5, Mixture: 6, AlphaBetaFamily: 8, Variation: 9}
 DONE, OUT_OF_MEMORY = -1, -2
 FORWARD, FUSED = 1, 3  # FkdVerb
+TERMS = 4  # FKD_TERMS
 _MAX_DIMS = 8
 
 _FOLDER = Path(__file__).parent
@@ -175,7 +176,7 @@ _VERBS: dict[str, list[Any]] = {
 
 
 def _cpu_signatures() -> Iterator[tuple[str, list[Any]]]:
-    for verb, rest in _VERBS.items():
+    for verb, rest in {**_VERBS, "rows_terms": [_VECTOR, _VECTOR]}.items():
         yield f"fkd_{verb}", [*_HEAD, *rest, _NUMBER]  # threads
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import (
+    BACKENDS,
     INF,
     LOSS_RELATIVE,
     assert_gradient,
@@ -29,8 +30,21 @@ from test_divergences import KINDS, gradient_error_bound
 from torch import Tensor
 
 from fused_kd import FusedKDLoss, FusedLinearKDLoss, SparseTeacher, fused_kd_loss, fused_linear_kd_loss
-from fused_kd.divergences import JSD, CrossEntropy, Divergence, ForwardKL, LogitMSE, ReverseKL
+from fused_kd.divergences import (
+    JSD,
+    AlphaBeta,
+    AlphaDivergence,
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    LogitMSE,
+    ReverseKL,
+    SkewKL,
+    SymmetricKL,
+    TotalVariation,
+)
 from fused_kd.ensemble import ENSEMBLES
+from fused_kd.parallel.slices import has_second_visit
 from fused_kd.reference import kd_loss, soft_term
 
 if not torch.distributed.is_available():
@@ -123,12 +137,30 @@ def test_the_whole_vocabulary(
 @pytest.mark.parametrize("divergence", [x for x in KINDS if type(x) not in (ForwardKL, CrossEntropy)], ids=repr)
 @pytest.mark.parametrize("kind", ["wide", "peaked", "close", "big", "masked"])
 def test_every_divergence(kind: str, divergence: Divergence, backend: str) -> None:
-    if divergence.family is not None and backend != "torch":
-        pytest.skip("the torch backend's")
-    tau, widths = 3.0, WIDTHS[1]
-    student, teacher = make_logits(kind, 5, sum(widths))
+    student, teacher = make_logits(kind, 5, sum(WIDTHS[1]))
     if kind == "masked":  # by both: where the teacher alone is -inf, reverse KL is
         student = student.masked_fill(teacher == -INF, -INF)
+    check_soft_term(student, teacher, divergence, 3.0, WIDTHS[1], backend)
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [SymmetricKL(), JSD(), SkewKL(), TotalVariation(), AlphaDivergence(0.1), AlphaBeta(2.0, 3.0)],
+    ids=repr,
+)
+@pytest.mark.parametrize(("sigma", "tau"), [(0.01, 1.0), (0.01, 100.0), (300.0, 1.0)])
+def test_families_of_a_larger_vocabulary(sigma: float, tau: float, divergence: Divergence, backend: str) -> None:
+    noise, teacher = make_normal(1, 40000, seed=3)
+    student, widths = teacher * 3 + sigma * noise, (9000, 9001, 12999, 9000)
+    check_soft_term(student, teacher * 3, divergence, tau, widths, backend)
+
+
+def check_soft_term(
+    student: Tensor, teacher: Tensor, divergence: Divergence, tau: float, widths: tuple[int, ...], backend: str
+) -> None:
+    """Of rows [N, V], and its gradient without tau^2, within the bounds of one process."""
+    if divergence.family is not None and not has_second_visit(backend):
+        pytest.skip("it has no second visit by itself")
     expected = soft_term(
         student.double(), teacher.double(), temperature=tau, teacher_temperature=tau, divergence=divergence
     )
@@ -166,12 +198,18 @@ def test_a_nearly_converged_student(tau: float, sigma: float, backend: str) -> N
         {"alpha": 1.0, "num_items": 7, "return_parts": True},
         {"student_softcap": 20.0, "teacher_logit_scale": 0.7},
         {"student_softcap": 20.0, "divergence": JSD(0.3)},
+        {
+            "teacher_temperature": 3.5,
+            "soft_on_ignored": True,
+            "label_smoothing": 0.1,
+            "divergence": AlphaBeta(0.2, 0.7),
+        },
     ],
     ids=",".join,
 )
 def test_with_the_options(options: dict[str, Any], backend: str) -> None:
-    if "divergence" in options and backend != "torch":
-        pytest.skip("the torch backend's")
+    if "divergence" in options and not has_second_visit(backend):
+        pytest.skip("it has no second visit by itself")
     student, teacher = make_logits("wide", 2, 5, 300)
     labels = make_labels(2, 5, vocabulary=300, ignored=0.4)
     assert (labels == -100).any()
@@ -182,8 +220,8 @@ def test_with_the_options(options: dict[str, Any], backend: str) -> None:
 @pytest.mark.parametrize("divergence", [ForwardKL(), CrossEntropy(), ReverseKL(), JSD(), LogitMSE()], ids=repr)
 def test_slices_of_nothing(divergence: Divergence, backend: str) -> None:
     """A padded vocabulary, whose last rank has only padding; and rows of which a rank has nothing of one of the two."""
-    if isinstance(divergence, JSD) and backend != "torch":
-        pytest.skip("the torch backend's")
+    if isinstance(divergence, JSD) and not has_second_visit(backend):
+        pytest.skip("it has no second visit by itself")
     widths = (40, 50, 30)
     student, teacher = (x.clone() for x in make_logits("wide", 6, 120))
     student[:, 80:] = teacher[:, 80:] = -INF
@@ -477,7 +515,6 @@ def test_under_compile() -> None:
     [
         ({"process_group": "tp"}, TypeError, "process_group must be a torch.distributed.ProcessGroup, got str"),
         ({"vocab_mismatch": "truncate"}, ValueError, 'vocab_mismatch="truncate" has no meaning with process_group'),
-        ({"divergence": "jsd", "backend": "cpu"}, ValueError, 'with process_group it takes "torch", or "auto"'),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -488,5 +525,16 @@ def test_what_it_refuses(options: dict[str, Any], error: type[Exception], words:
     def work(_: int, group: Any) -> None:
         with pytest.raises(error, match=re.escape(words)):
             fused_kd_loss(student, teacher, labels, **{"process_group": group, **options})
+
+    on_ranks(1, work)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA library takes no tensors here")
+def test_a_backend_without_a_second_visit() -> None:
+    student, teacher = make_logits("wide", 4, 60)
+
+    def work(_: int, group: Any) -> None:
+        with pytest.raises(ValueError, match="backend='cuda' has no part of divergence 'jsd' for a slice"):
+            fused_kd_loss(student, teacher, alpha=1.0, divergence="jsd", backend="cuda", process_group=group)
 
     on_ranks(1, work)

@@ -69,6 +69,20 @@ class Verb {
         run(spaces, nullptr, soft, hard, of_row, [](int64_t, int64_t) {});
     }
 
+    void terms(const float* stats, float* sums) const {
+        std::vector<Workspace> spaces = workspaces(0);
+        const auto none = [](auto...) {};
+        const auto sum_up = [&](int64_t row) {
+            const TermSums<double> x = targets_[row] == FKD_SKIP ? TermSums<double>{} : swept(space(spaces, row));
+            const double values[FKD_TERMS] = {x.v, x.c, x.rest_c, x.rest_q};
+            for (int i = 0; i < FKD_TERMS; ++i) sums[row * FKD_TERMS + i] = static_cast<float>(values[i]);
+        };
+        schedule_.run(
+            none, none,
+            [&](int64_t row, int64_t b) { sweep(row, b, space(spaces, row), stats + row * FKD_STATS, false); }, sum_up,
+            none);
+    }
+
     void backward(const float* stats, const float* grad_soft, const float* grad_hard, const FkdRows& gradient) const {
         prefer_huge_pages(gradient);
         const auto none = [](auto...) {};
@@ -377,17 +391,18 @@ class Verb {
             block_term_sums(loss_.divergence, s, t, at.n, r, scales_, numbers_, ahead(row, b));
     }
 
+    static TermSums<double> swept(const Workspace& w) {
+        TermSums<double> sums;
+        for (const TermSums<double>& x : w.terms) sums += x;
+        return sums;
+    }
+
     void conclude(int64_t row, Workspace& w, float* soft, float* stats) const {
         if (targets_[row] == FKD_SKIP) return;
-        const auto sum = [&] {
-            TermSums<double> sums;
-            for (const TermSums<double>& x : w.terms) sums += x;
-            return sums;
-        };
-        TermSums<double> sums = sum();
+        TermSums<double> sums = swept(w);
         if (likely_far(soft[row]) && !(sums.v >= kFarTerms)) {  // columns with next to nothing of p made KL large
             for (int64_t b = 0; b < schedule_.blocks(); ++b) sweep(row, b, w, stats, false);
-            sums = sum();
+            sums = swept(w);
         }
         const bool whole = stats[FKD_LOG_RATIO] == stats[FKD_LOG_RATIO];
         soft[row] = whole ? static_cast<float>(sums.v) : NAN;
@@ -532,6 +547,12 @@ int64_t fkd_rows_forward(const FkdRows* student, const FkdRows* teacher, const i
                          float* soft, float* hard, float* stats, int64_t threads) {
     const Verb verb(*student, *teacher, targets, *loss, threads);
     return checked(verb, [&] { verb.forward(soft, hard, stats); });
+}
+
+int64_t fkd_rows_terms(const FkdRows* student, const FkdRows* teacher, const int64_t* targets, const FkdLoss* loss,
+                       const float* stats, float* sums, int64_t threads) {
+    const Verb verb(*student, *teacher, targets, *loss, threads);
+    return checked(verb, [&] { verb.terms(stats, sums); });
 }
 
 int64_t fkd_rows_backward(const FkdRows* student, const FkdRows* teacher, const int64_t* targets, const FkdLoss* loss,

@@ -7,7 +7,11 @@ divergence)` and the same three verbs over the rows of logits [..., V], `fused_k
     rows_backward(rows, stats, grad_soft[N], grad_hard[N], out)  writes d(sum grad_soft soft + grad_hard hard)/d student
     rows_fused   (rows, coef_soft[N], coef_hard[N], out) -> soft[N], hard[N], and writes the same
 
-The gradient has the student's dtype; that of float32 logits may be of 16 bits, rounded once.
+The gradient has the student's dtype; that of float32 logits may be of 16 bits, rounded once. It may have one more, the
+second visit of a divergence that takes one, by itself: with the stats of a first one, which may be those of longer rows
+of which these are some columns (`fused_kd.parallel`):
+
+    rows_terms   (rows, stats) -> [N, 4]: what the columns add up to, for `fused_kd.backends.pytorch.concluded`
 
 Adding a backend is one file, and its name in `PREFERENCE`.
 """

@@ -27,6 +27,12 @@ def rows_forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
     return soft, hard, stats
 
 
+def rows_terms(rows: LogitRows, stats: Tensor) -> Tensor:
+    sums = _vector(rows, native.TERMS)
+    _call("fkd_rows_terms", rows, stats, sums)
+    return sums
+
+
 def rows_backward(rows: LogitRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
     _call("fkd_rows_backward", rows, stats, grad_soft, grad_hard, out=out)
 

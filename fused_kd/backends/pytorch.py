@@ -69,10 +69,8 @@ def rows_fused(rows: LogitRows, coef_soft: Tensor, coef_hard: Tensor, out: Tenso
 
 
 def rows_terms(rows: LogitRows, stats: Tensor) -> Tensor:
-    """[4, N], for `concluded`: what the columns of each row add up to, of a divergence that takes a second visit, with
-    the stats of a first one. The stats may be those of a longer row, of which these are some columns."""
-    sums = [chunk.term_sums(stats) for chunk in _chunks(rows)]
-    return torch.cat(sums, 1) if sums else stats.new_zeros((4, 0), dtype=exact_dtype(stats.device))
+    sums = [chunk.term_sums(stats).T for chunk in _chunks(rows)]
+    return torch.cat(sums) if sums else stats.new_zeros((0, 4), dtype=exact_dtype(stats.device))
 
 
 def concluded(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:

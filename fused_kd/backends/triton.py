@@ -190,6 +190,27 @@ def rows_forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
     return soft, hard, stats
 
 
+def rows_terms(rows: LogitRows, stats: Tensor) -> Tensor:
+    student, _, targets, options = rows
+    number, columns = rows.number, rows.columns
+    launch = _launch(columns, student, rows.teacher)
+    sections, kernels = -(-columns // launch.section), _kernels()
+    sums = student.new_empty((number, kernels.SUMS.value), dtype=torch.float32)
+    if number == 0:
+        return sums
+    parts = student.new_empty((number, sections, kernels.SUMS.value), dtype=torch.float32)
+    stats, scalars, switches = stats.contiguous(), _scalars(options, columns), _switches(options, student)
+    head = _rows(student), _rows(rows.teacher), _numbers(targets)
+    with _on(student.device):
+        kernels.sweep[(number * sections,)](
+            *head, sums, sums, stats, parts, columns, sections, scalars, switches, launch, **launch.options
+        )
+        kernels.finish_terms[(number,)](
+            _numbers(targets), stats, parts, sums, columns, sections, scalars, switches, num_warps=1, **ROUNDING
+        )
+    return sums
+
+
 def rows_backward(rows: LogitRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
     student, _, targets, options = rows
     number, columns = rows.number, rows.columns

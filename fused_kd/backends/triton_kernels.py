@@ -2,8 +2,9 @@
 
 `triton.py` launches them: `forward` and `backward` with a program for each section of a row, `finish` where a row has
 several sections, and `fused` with a program for each row. A divergence that needs a second sweep has it in `forward`
-and `fused`, but where a row has several sections in `sweep` and `finish_sweep`, after `finish`. `triton.py` has the
-named tuples of their arguments, too: `Rows`, `Scalars`, and what the compiler knows, `Switches` and `Launch`.
+and `fused`, but where a row has several sections in `sweep` and `finish_sweep`, after `finish`; by itself it is `sweep`
+and `finish_terms`. `triton.py` has the named tuples of their arguments, too: `Rows`, `Scalars`, and what the compiler
+knows, `Switches` and `Launch`.
 """
 
 import triton
@@ -191,6 +192,17 @@ def sweep(
 
 
 @triton.jit
+def swept_sums(parts, index, sections, stats, scalars, SWITCHES: tl.constexpr):
+    """Those of a row, from what `sweep` found in its sections."""
+    parts += index.to(tl.int64) * sections * SUMS
+    sums = no_sums(stats.point_s, SWITCHES)
+    for section in range(sections):
+        next_sums = sums_of(load_all(parts + section * SUMS, SUMS), SWITCHES)
+        sums = joined_sums(sums, next_sums, scalars, SWITCHES)
+    return sums
+
+
+@triton.jit
 def finish_sweep(
     student,
     teacher,
@@ -211,12 +223,24 @@ def finish_sweep(
     if readable(target, vocabulary):
         row = row_of(index, target, student, teacher, vocabulary, sections, SWITCHES)
         kept = Stats(*load_all(at, STATS))
-        parts += index.to(tl.int64) * sections * SUMS
-        sums = no_sums(kept.point_s, SWITCHES)
-        for section in range(sections):
-            next_sums = sums_of(load_all(parts + section * SUMS, SUMS), SWITCHES)
-            sums = joined_sums(sums, next_sums, scalars, SWITCHES)
+        sums = swept_sums(parts, index, sections, kept, scalars, SWITCHES)
         store_all(at, finish_sums(sums, kept, row, tl.load(soft + index), scalars, soft, SWITCHES))
+
+
+@triton.jit
+def finish_terms(targets, stats, parts, out, vocabulary, sections, scalars, SWITCHES: tl.constexpr):
+    """The sums themselves, [N, SUMS], for a row of which these are some of the columns."""
+    index = tl.program_id(0)
+    target = tl.load(row_start(targets, index))
+    out += index.to(tl.int64) * SUMS
+    if readable(target, vocabulary):
+        kept = Stats(*load_all(stats + index.to(tl.int64) * STATS, STATS))
+        sums = swept_sums(parts, index, sections, kept, scalars, SWITCHES)
+        scale = measured(kept, scalars, SWITCHES).scale
+        store_all(out, (sums.value * scale, sums.growth * scale, sums.rest_growth * scale, sums.rest_q))
+    else:
+        value = unread_value(target)
+        store_all(out, (value, value, value, value))
 
 
 @triton.jit

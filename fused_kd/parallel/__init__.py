@@ -39,12 +39,11 @@ from torch import Tensor, distributed
 
 from fused_kd import linear_op
 from fused_kd.autograd import FusedKDFunction, _EagerFunction, _losses
-from fused_kd.backends import pytorch
 from fused_kd.backends.rows import RowOptions
 from fused_kd.divergences import divergence_of
 from fused_kd.options import KDOptions
 from fused_kd.parallel.ranks import Ranks
-from fused_kd.parallel.slices import Slices, takes_second_visit
+from fused_kd.parallel.slices import Slices, has_second_visit, takes_second_visit
 from fused_kd.positions import Coefficient
 from fused_kd.sparse import SparseTeacher
 from fused_kd.teachers import Teacher
@@ -105,10 +104,10 @@ def slices_of(student: Tensor, teacher: Teacher, options: KDOptions, eager: bool
             'vocabularies; use "error" and slices of one width'
         )
     second_visit = takes_second_visit(teacher.kind, divergence_of(options.divergence))
-    if second_visit and options.backend not in ("auto", pytorch.NAME):
+    if second_visit and options.backend != "auto" and not has_second_visit(options.backend):
         raise ValueError(
             f"backend={options.backend!r} has no part of divergence {options.divergence!r} for a slice of the "
-            'vocabulary; with process_group it takes "torch", or "auto"'
+            'vocabulary; with process_group it takes another one, or "auto"'
         )
     return Slices(Ranks.of(group, student))
 

@@ -1,13 +1,13 @@
 """The verbs of `fused_kd.capped` for rows of which this rank has a slice of the columns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_kd import capped, ensemble, sparse
-from fused_kd.backends import pytorch
+from fused_kd.backends import PREFERENCE, pytorch
 from fused_kd.backends.rows import (
     GROWTH,
     HARD_SUM,
@@ -26,9 +26,10 @@ from fused_kd.backends.rows import (
     with_itself,
 )
 from fused_kd.divergences import Divergence, ForwardKL, LogitMSE, ReverseKL, with_parameters
+from fused_kd.families import Linear
 from fused_kd.parallel.merging import Found
 from fused_kd.parallel.ranks import Ranks
-from fused_kd.teachers import LOGITS, Teacher, backend_name, logits_of
+from fused_kd.teachers import LOGITS, Teacher, backend_name
 
 # What a rank sends of a row: the term, and what the terms of all are put together from.
 _OF_SOFT = (STUDENT_MAX, TEACHER_MAX, STUDENT_SUM, TEACHER_SUM, LOG_RATIO)
@@ -41,12 +42,9 @@ _NOTHING = -1e28
 
 
 class Slices(NamedTuple):
-    """The targets that its methods take are labels of the whole vocabulary, and the ids of a sparse teacher too."""
+    """The verbs, for targets that are labels of the whole vocabulary; the ids of a sparse teacher are of that, too."""
 
     ranks: Ranks
-
-    def widest(self) -> int:
-        return self.ranks.widest()
 
     def check_rows(self, student: Tensor, teacher: Teacher, targets: Tensor, options: RowOptions) -> None:
         """Raises, on the CPU, for a label that nobody has, and for a row of a sparse teacher that cannot be."""
@@ -60,6 +58,8 @@ class Slices(NamedTuple):
         self, student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
     ) -> "Slice":
         columns, part = student.shape[-1], teacher
+        divergence = one_sided(with_parameters(options.divergence, options.parameters))
+        options = options._replace(divergence=divergence.name, parameters=divergence.parameters)
         if columns == 1:  # which native kernels know to be all of p and q
             options = options._replace(backend=pytorch.NAME)
         local, owner = self.ranks.targets(targets, columns)
@@ -116,9 +116,20 @@ class Slices(NamedTuple):
         return self.rows_forward(logits, [logits], targets, LOGITS, itself)[0]
 
 
+def one_sided(divergence: Divergence) -> Divergence:
+    """A symmetric KL that has no weight on one side is the other: backends may not have it as a family."""
+    sides: dict[object, Divergence] = {Linear(1.0): ForwardKL(), Linear(0.0): ReverseKL()}
+    return sides.get(divergence.family, divergence)
+
+
 def takes_second_visit(kind: str, divergence: Divergence) -> bool:
     """Of the columns: the classes of a sparse teacher are known after one."""
-    return divergence.family is not None and kind not in sparse.MISSING
+    return one_sided(divergence).family is not None and kind not in sparse.MISSING
+
+
+def has_second_visit(backend: str) -> bool:
+    """By itself, as `fused_kd.backends` has it."""
+    return hasattr(PREFERENCE[backend], "rows_terms")
 
 
 class Slice(NamedTuple):
@@ -165,7 +176,7 @@ class Slice(NamedTuple):
         elif o.soft:
             soft = found.soft(self._first_options().divergence, whole)
             if takes_second_visit(self.kind, divergence):
-                sums = self.ranks.gathered(self._term_sums(whole.to(stats.dtype)).to(stats.dtype))
+                sums = self.ranks.gathered(self._term_sums(whole.to(stats.dtype)))
                 soft, whole[:, GROWTH], whole[:, TOP] = pytorch.concluded(sums.to(whole.dtype).sum(0).T)
         if o.hard:
             hard = found.hard(self._first_of_student(), whole)
@@ -176,7 +187,7 @@ class Slice(NamedTuple):
         waits.)"""
         o, columns = self.options, self.student.shape[-1]
         if takes_second_visit(self.kind, self._divergence):
-            o = o._replace(backend=pytorch.NAME)
+            o = o._replace(backend=self._second_visitor())
         if o.label_smoothing > 0:
             o = o._replace(label_smoothing=o.label_smoothing * columns / int(self.ranks.columns))
         return o
@@ -188,6 +199,12 @@ class Slice(NamedTuple):
     @property
     def _divergence(self) -> Divergence:
         return with_parameters(self.options.divergence, self.options.parameters)
+
+    def _second_visitor(self) -> str:
+        """The backend of the second visit and of the gradient, which must see alike what columns have more than half of
+        q."""
+        name = self.options.backend
+        return name if name != "auto" and has_second_visit(name) else pytorch.NAME
 
     def _first_options(self) -> RowOptions:
         """Of the first visit."""
@@ -203,15 +220,14 @@ class Slice(NamedTuple):
 
     def _first_of_teacher(self) -> Tensor:
         """Likewise, or those of several combined."""
-        weights, firsts = self.teacher[0], torch.zeros_like(self.targets)
-        each = [
-            _logits_at(x, firsts, self.options.caps[2:]) for x in logits_of(Teacher(self.kind, tuple(self.teacher)))
-        ]
+        o, firsts = self.options, torch.zeros_like(self.targets)
         if self.kind == LOGITS:
-            return each[0]
-        weights, each = weights.reshape(len(firsts), weights.shape[-1]), [x.unsqueeze(1) for x in each]
-        temperature, dtype = self.options.teacher_temperature, weights.dtype
-        return ensemble.combined(each, weights, self.kind, temperature, dtype, level=False).squeeze(1)
+            return _logits_at(self.teacher[0], firsts, o.caps[2:])
+        weights, *teachers = self.teacher
+        weights = weights.reshape(len(firsts), weights.shape[-1])
+        each = [_logits_at(x, firsts, o.caps[2:]).unsqueeze(1) for x in teachers]
+        mean = ensemble.combined(each, weights, self.kind, o.teacher_temperature, weights.dtype, level=False)
+        return mean.squeeze(1)
 
     def _visited(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """soft, hard and stats of the slice; and of a sparse teacher the student's logits at the ids, [N, k]."""
@@ -246,23 +262,25 @@ class Slice(NamedTuple):
 
     def _of_classes(self, at_ids: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """The term of a sparse teacher, and its gradient in the logarithms of the classes' masses."""
-        of_rows = self.targets, self.ranks.columns, self.kind
-        log_p = sparse.teachers_classes(self.whole_teacher, self.targets, self.kind, self.ranks.columns)
-        return sparse.concluded(log_p, at_ids, rest, *of_rows, self.options)
+        columns = self.ranks.columns
+        log_p = sparse.teachers_classes(self.whole_teacher, self.targets, self.kind, columns)
+        return sparse.concluded(log_p, at_ids, rest, self.targets, columns, self.kind, self.options)
 
     def _term_sums(self, stats: Tensor) -> Tensor:
-        """The second visit: what `pytorch.concluded` takes, [N, 4]. That of other backends has no verb of its own; and
-        which columns have more than half of q, visit and gradient must see alike."""
+        """The second visit, [N, 4]."""
 
         def terms(
             student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions, stats: Tensor
         ) -> tuple[Tensor]:
+            visit: Callable[..., Tensor] = getattr(PREFERENCE[options.backend], "rows_terms")  # noqa: B009
             if kind == LOGITS:
-                return (pytorch.rows_terms(LogitRows(student, teacher[0], targets, options), stats).T,)
+                return (visit(LogitRows(student, teacher[0], targets, options), stats).to(stats.dtype),)
             rows = ensemble.combined_rows(student, teacher, targets, kind, options)
-            return (torch.cat([pytorch.rows_terms(piece, stats[span]).T for _, piece, _, span in rows]),)
+            found = [visit(piece, stats[span]) for _, piece, _, span in rows]
+            return (torch.cat(found).to(stats.dtype),)
 
-        rows = self.student, self.teacher, self.targets, self.kind, self.options
+        options = self.options._replace(backend=self._second_visitor())
+        rows = self.student, self.teacher, self.targets, self.kind, options
         return capped.in_pieces(terms, *rows, stats)[0]
 
 
