@@ -11,7 +11,7 @@ from fused_kd.checks import lazy, plain
 from fused_kd.gradient_memory import empty_gradient
 from fused_kd.positions import Coefficient, as_vector
 from fused_kd.saving import save, saved
-from fused_kd.teachers import LOGITS, Teacher
+from fused_kd.taught import LOGITS, TaughtRows, Teacher
 
 
 class FusedKDFunction(torch.autograd.Function):
@@ -80,7 +80,7 @@ class _EagerFunction(FusedKDFunction):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         student, targets, coef_soft, coef_hard, _, kind, options, _, summed, *teacher = inputs
-        soft, hard, stats = capped.rows_forward(student, teacher, targets, kind, options)
+        soft, hard, stats = capped.rows_forward(TaughtRows(student, Teacher(kind, teacher), targets, options))
         output = (_losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats)
         FusedKDFunction.setup_context(ctx, inputs, output)
         ctx.eager = True
@@ -152,7 +152,7 @@ def _gradients(
         gradient = student if inplace else empty_gradient(student)
         if inplace:
             torch.autograd.graph.increment_version(student)
-        capped.rows_backward(student, teacher, targets, *vectors, kind, options, gradient)
+        capped.rows_backward(TaughtRows(student, Teacher(kind, teacher), targets, options), *vectors, gradient)
         return gradient.detach() if inplace else gradient, *of_coefficients
     if inplace:
         # A graph may return the logits too, or need them for another loss. Where it does not, inductor elides the copy.

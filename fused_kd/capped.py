@@ -7,7 +7,7 @@ a Practical Size", section 2). They are written for a few rows at a time, in flo
 verbs; the gradient over them becomes the logits' own. Where `RowOptions.caps` is empty nothing of this happens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_kd import teachers
 from fused_kd.backends.rows import RowOptions
 from fused_kd.ensemble import piece_rows, pieces
-from fused_kd.teachers import Teacher
+from fused_kd.taught import TaughtRows, Teacher
 
 _NONE = float("inf")
 
@@ -34,89 +34,55 @@ class Cap(NamedTuple):
         return self.scale if self.softcap == _NONE else (1 - u) * (1 + u) * self.scale
 
 
-def rows_forward(
-    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not options.caps:
-        return teachers.rows_forward(student, teacher, targets, kind, options)
-    teachers.check_rows(student, Teacher(kind, tuple(teacher)), targets, options)
-    soft, hard, stats = teachers.new_results(student, teacher, targets, kind)
-    for z, t, of_piece, _, span in visited(student, teacher, kind, options):
-        soft[span], hard[span], stats[span] = teachers.rows_forward(z, t, targets[span], kind, of_piece)
+def rows_forward(rows: TaughtRows) -> tuple[Tensor, Tensor, Tensor]:
+    if not rows.options.caps:
+        return teachers.rows_forward(rows)
+    teachers.check_rows(rows)
+    soft, hard, stats = teachers.new_results(rows)
+    for piece, _, span in pieces_of(rows):
+        soft[span], hard[span], stats[span] = teachers.rows_forward(piece)
     return soft, hard, stats
 
 
-def rows_backward(
-    student: Tensor,
-    teacher: Sequence[Tensor],
-    targets: Tensor,
-    stats: Tensor,
-    grad_soft: Tensor,
-    grad_hard: Tensor,
-    kind: str,
-    options: RowOptions,
-    out: Tensor,
-) -> None:
-    if not options.caps:
-        return teachers.rows_backward(student, teacher, targets, stats, grad_soft, grad_hard, kind, options, out)
-    slope = _caps(options)[0].slope
-    for z, t, of_piece, index, span in visited(student, teacher, kind, options):
-        gradient = torch.empty_like(z)
-        dtype, stats_dtype, _ = teachers.row_dtypes(kind, z, t)
+def rows_backward(rows: TaughtRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
+    if not rows.options.caps:
+        return teachers.rows_backward(rows, stats, grad_soft, grad_hard, out)
+    slope = _caps(rows.options)[0].slope
+    for piece, index, span in pieces_of(rows):
+        gradient = torch.empty_like(piece.student)
+        dtype, stats_dtype, _ = teachers.row_dtypes(piece.student, piece.teacher)
         vectors = stats[span].to(stats_dtype), grad_soft[span].to(dtype), grad_hard[span].to(dtype)
-        teachers.rows_backward(z, t, targets[span], *vectors, kind, of_piece, gradient)
-        out[index] = gradient.mul_(slope(z))
+        teachers.rows_backward(piece, *vectors, gradient)
+        out[index] = gradient.mul_(slope(piece.student))
     return None
 
 
-def rows_fused(
-    student: Tensor,
-    teacher: Sequence[Tensor],
-    targets: Tensor,
-    coef_soft: Tensor,
-    coef_hard: Tensor,
-    kind: str,
-    options: RowOptions,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
-    if not options.caps:
-        return teachers.rows_fused(student, teacher, targets, coef_soft, coef_hard, kind, options, out)
-    slope = _caps(options)[0].slope
-    soft, hard, _ = teachers.new_results(student, teacher, targets, kind)
-    for z, t, of_piece, index, span in visited(student, teacher, kind, options):
-        gradient = torch.empty_like(z)
-        coefs = coef_soft[span], coef_hard[span]
-        soft[span], hard[span] = teachers.rows_fused(z, t, targets[span], *coefs, kind, of_piece, gradient)
-        out[index] = gradient.mul_(slope(z))
+def rows_fused(rows: TaughtRows, coef_soft: Tensor, coef_hard: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    if not rows.options.caps:
+        return teachers.rows_fused(rows, coef_soft, coef_hard, out)
+    slope = _caps(rows.options)[0].slope
+    soft, hard, _ = teachers.new_results(rows)
+    for piece, index, span in pieces_of(rows):
+        gradient = torch.empty_like(piece.student)
+        soft[span], hard[span] = teachers.rows_fused(piece, coef_soft[span], coef_hard[span], gradient)
+        out[index] = gradient.mul_(slope(piece.student))
     return soft, hard
 
 
-def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:
-    if not options.caps:
-        return teachers.rows_entropy(student, teacher, targets, kind, options)
-    result, *_ = teachers.new_results(student, teacher, targets, kind)
-    for z, t, of_piece, _, span in visited(student, teacher, kind, options):
-        result[span] = teachers.rows_entropy(z, t, targets[span], kind, of_piece)
+def rows_entropy(rows: TaughtRows) -> Tensor:
+    if not rows.options.caps:
+        return teachers.rows_entropy(rows)
+    result, *_ = teachers.new_results(rows)
+    for piece, _, span in pieces_of(rows):
+        result[span] = teachers.rows_entropy(piece)
     return result
 
 
-def in_pieces(
-    verb: Callable[..., tuple[Tensor, ...]],
-    student: Tensor,
-    teacher: Sequence[Tensor],
-    targets: Tensor,
-    kind: str,
-    options: RowOptions,
-    *vectors: Tensor,
-) -> tuple[Tensor, ...]:
-    """What a verb finds in the rows, [N, ...] each. It takes the arguments from `student` on without caps, and vectors
-    with something of each row."""
-    if not options.caps:
-        return verb(student, teacher, targets, kind, options, *vectors)
-    found = [
-        verb(z, t, targets[span], kind, of_piece, *(x[span] for x in vectors))
-        for z, t, of_piece, _, span in visited(student, teacher, kind, options)
-    ]
+def in_pieces(verb: Callable[..., tuple[Tensor, ...]], rows: TaughtRows, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """What a verb finds in the rows, [N, ...] each. It takes rows without caps, and vectors with something of each."""
+    if not rows.options.caps:
+        return verb(rows, *vectors)
+    found = [verb(piece, *(x[span] for x in vectors)) for piece, _, span in pieces_of(rows)]
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
@@ -125,16 +91,15 @@ def _caps(options: RowOptions) -> tuple[Cap, Cap]:
     return Cap(*options.caps[:2]), Cap(*options.caps[2:])
 
 
-def visited(
-    student: Tensor, teacher: Sequence[Tensor], kind: str, options: RowOptions
-) -> Iterator[tuple[Tensor, tuple[Tensor, ...], RowOptions, tuple[int | slice, ...], slice]]:
-    """The student's capped logits, the teacher's tensors, options without caps; what indexes them, and which rows."""
-    of_student, of_teacher = _caps(options)
-    number = len(teachers.logits_of(Teacher(kind, tuple(teacher))))
-    for index, span in pieces(student.shape[:-1], piece_rows(student)):
-        views = [x[index] for x in teacher]
-        first = len(views) - number
-        t = (*views[:first], *(of_teacher.of(x) for x in views[first:]))
-        z = of_student.of(student[index])
-        backend = teachers.backend_name(options.backend, z, Teacher(kind, t), options.divergence)
-        yield z, t, options._replace(caps=(), backend=backend), index, span
+def pieces_of(rows: TaughtRows) -> Iterator[tuple[TaughtRows, tuple[int | slice, ...], slice]]:
+    """A few rows at a time, of capped logits and without caps; what indexes them, and which of all rows they are."""
+    of_student, of_teacher = _caps(rows.options)
+    kind, tensors = rows.teacher
+    first = len(tensors) - len(teachers.logits_of(rows.teacher))
+    for index, span in pieces(rows.student.shape[:-1], piece_rows(rows.student)):
+        views = [x[index] for x in tensors]
+        teacher = Teacher(kind, [*views[:first], *(of_teacher.of(x) for x in views[first:])])
+        z = of_student.of(rows.student[index])
+        backend = teachers.backend_name(rows.options.backend, z, teacher, rows.options.divergence)
+        options = rows.options._replace(caps=(), backend=backend)
+        yield TaughtRows(z, teacher, rows.targets[span], options), index, span

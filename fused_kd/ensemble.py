@@ -24,7 +24,6 @@ from fused_kd.backends.rows import (
     STATS,
     Backend,
     LogitRows,
-    RowOptions,
     check_targets,
     exact_dtype,
     new_results,
@@ -34,6 +33,7 @@ from fused_kd.backends.rows import (
 from fused_kd.checks import check_columns, check_dense
 from fused_kd.divergences import LogitMSE, with_parameters
 from fused_kd.options import Ensemble
+from fused_kd.taught import TaughtRows
 
 ENSEMBLES: tuple[str, ...] = get_args(Ensemble)
 
@@ -146,56 +146,41 @@ def row_dtypes(student: Tensor, teacher: Sequence[Tensor]) -> tuple[torch.dtype,
     return row_dtype(student, *teachers), combined_dtype(student, teachers), STATS
 
 
-def rows_forward(
-    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    soft, hard, stats = new_results(student, targets, row_dtypes(student, teacher))
+def rows_forward(rows: TaughtRows) -> tuple[Tensor, Tensor, Tensor]:
+    student, (_, tensors), targets, options = rows
+    soft, hard, stats = new_results(student, targets, row_dtypes(student, tensors))
     # All of them: in a piece a row has another number.
-    check_targets(LogitRows(student, common_columns(student, teacher[1:]), targets, options))
-    for backend, rows, _, span in combined_rows(student, teacher, targets, kind, options):
-        soft[span], hard[span], stats[span] = backend.rows_forward(rows)
+    check_targets(LogitRows(student, common_columns(student, tensors[1:]), targets, options))
+    for backend, piece, _, span in combined_rows(rows):
+        soft[span], hard[span], stats[span] = backend.rows_forward(piece)
     return soft, hard, stats
 
 
-def rows_backward(
-    student: Tensor,
-    teacher: Sequence[Tensor],
-    targets: Tensor,
-    stats: Tensor,
-    grad_soft: Tensor,
-    grad_hard: Tensor,
-    kind: str,
-    options: RowOptions,
-    out: Tensor,
-) -> None:
-    for backend, rows, index, span in combined_rows(student, teacher, targets, kind, options):
+def rows_backward(rows: TaughtRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
+    for backend, piece, index, span in combined_rows(rows):
         of_soft, of_hard = (grad[span].to(stats.dtype) for grad in (grad_soft, grad_hard))
-        backend.rows_backward(rows, stats[span], of_soft, of_hard, out[index])
+        backend.rows_backward(piece, stats[span], of_soft, of_hard, out[index])
 
 
-def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:
-    return rows_with_themselves(student, teacher, targets, kind, options)[0]
+def rows_entropy(rows: TaughtRows) -> Tensor:
+    return rows_with_themselves(rows)[0]
 
 
-def rows_with_themselves(
-    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
-) -> tuple[Tensor, Tensor, Tensor]:
+def rows_with_themselves(rows: TaughtRows) -> tuple[Tensor, Tensor, Tensor]:
     """The forward verb for the combined logits as student and teacher: `rows_entropy`, and stats."""
-    soft, hard, stats = new_results(student, targets, row_dtypes(student, teacher))
-    options = with_itself(options, options.teacher_temperature)
-    for backend, rows, _, span in combined_rows(student, teacher, targets, kind, options):
-        soft[span], hard[span], stats[span] = backend.rows_forward(rows._replace(student=rows.teacher))
+    soft, hard, stats = new_results(rows.student, rows.targets, row_dtypes(rows.student, rows.teacher.tensors))
+    rows = rows._replace(options=with_itself(rows.options, rows.options.teacher_temperature))
+    for backend, piece, _, span in combined_rows(rows):
+        soft[span], hard[span], stats[span] = backend.rows_forward(piece._replace(student=piece.teacher))
     return soft, hard, stats
 
 
-def rows_log_sums(
-    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
-) -> tuple[Tensor]:
+def rows_log_sums(rows: TaughtRows) -> tuple[Tensor]:
     """`log_sums` of the rows' teachers, [N, K]."""
-    _, *teachers = teacher
+    _, *teachers = rows.teacher.tensors
     found = [
-        log_sums([x[index] for x in teachers], options.teacher_temperature).reshape(-1, len(teachers))
-        for index, _ in pieces(student.shape[:-1], piece_rows(student))
+        log_sums([x[index] for x in teachers], rows.options.teacher_temperature).reshape(-1, len(teachers))
+        for index, _ in pieces(rows.student.shape[:-1], piece_rows(rows.student))
     ]
     return (torch.cat(found),)
 
@@ -206,14 +191,12 @@ def common_columns(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
     return max(teachers, key=lambda x: x.dtype == torch.float64)[..., :columns]
 
 
-def combined_rows(
-    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
-) -> Iterator[tuple[Backend, LogitRows, tuple[int | slice, ...], slice]]:
+def combined_rows(rows: TaughtRows) -> Iterator[tuple[Backend, LogitRows, tuple[int | slice, ...], slice]]:
     """Pieces of the rows with the combined logits as their teacher: the backend, what indexes each, and which of all
     rows it has."""
-    weights, *teachers = teacher
+    student, (kind, (weights, *teachers)), targets, options = rows
     level = with_parameters(options.divergence, options.parameters) == LogitMSE(centred=False)
-    backend = backend_for(options.backend, student, teacher, options.divergence)
+    backend = backend_for(options.backend, student, rows.teacher.tensors, options.divergence)
     dtype, columns = combined_dtype(student, teachers), common_columns(student, teachers).shape[-1]
     for index, span in pieces(student.shape[:-1], piece_rows(student[..., :columns])):
         views = [x[..., :columns][index] for x in teachers]

@@ -8,22 +8,21 @@ from torch import Tensor
 
 from fused_kd import ops
 from fused_kd.backends.rows import RowOptions, with_itself
-from fused_kd.teachers import LOGITS, Teacher, common_columns
+from fused_kd.taught import LOGITS, TaughtRows
+from fused_kd.teachers import common_columns
 
 
-def row_entropies(
-    student: Tensor, teacher: Teacher, targets: Tensor, rows: RowOptions, symbolic: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def row_entropies(rows: TaughtRows, symbolic: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """-sum q log q and -sum p log p, [N] each, at their temperatures, over the columns that the loss has; 0 in a row
     that is skipped. `symbolic` is explained in `ops.py`."""
-    kind, tensors = teacher
-    columns = common_columns(student, teacher)
-    itself = with_itself(rows, rows.temperature)._replace(caps=rows.caps[:2] * 2)
+    student, (kind, tensors), targets, options = rows
+    columns = common_columns(student, rows.teacher)
+    itself = with_itself(options, options.temperature)._replace(caps=options.caps[:2] * 2)
     of_student = _of_logits(student[..., :columns], targets, itself, symbolic, 0)
     if kind == LOGITS:
-        rows = with_itself(rows, rows.teacher_temperature)._replace(caps=rows.caps[2:] * 2)
-        return of_student, _of_logits(tensors[0][..., :columns], targets, rows, symbolic, 1)
-    of_teacher: Tensor = ops.teachers_entropy(student, tensors, targets, kind, *rows, symbolic)
+        itself = with_itself(options, options.teacher_temperature)._replace(caps=options.caps[2:] * 2)
+        return of_student, _of_logits(tensors[0][..., :columns], targets, itself, symbolic, 1)
+    of_teacher: Tensor = ops.teachers_entropy(student, list(tensors), targets, kind, *options, symbolic)
     return of_student, of_teacher
 
 

@@ -25,6 +25,7 @@ from fused_kd.divergences import Divergence, DivergenceName, divergence_of
 from fused_kd.entropies import row_entropies
 from fused_kd.options import Ensemble, KDOptions, Reduction, VocabMismatch
 from fused_kd.positions import Coefficient, Counted, counted, known
+from fused_kd.taught import TaughtRows
 from fused_kd.teachers import TeacherLogits, backend_name, row_dtypes, teacher_of, tensors_of
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def compute(
         chosen = backend_name(backend, student_logits, teacher, divergence.name)
         backend = backend if options.caps else chosen  # capped logits have another dtype
     rows, symbolic = row_options(options, divergence, backend, eager)
-    dtype, *_ = row_dtypes(teacher.kind, student_logits, teacher.tensors)
+    dtype, *_ = row_dtypes(student_logits, teacher)
     counts = counted(student_logits, labels, num_items, weights, options, dtype, eager)
     plainly = eager and not any(map(lazy, (student_logits, counts.targets, *teacher.tensors)))
     run, entropies_of = partial(rows_loss, plainly), row_entropies
@@ -233,7 +234,7 @@ def compute(
     )
     if options.entropies:
         auto = rows._replace(backend=options.backend)
-        terms += entropies_of(student_logits.detach(), teacher, counts.targets, auto, symbolic)
+        terms += entropies_of(TaughtRows(student_logits.detach(), teacher, counts.targets, auto), symbolic)
     return output(loss, terms, counts, student_logits.shape[:-1], options)
 
 

@@ -23,7 +23,8 @@ from fused_kd.linear_rows import Head, product_dtype
 from fused_kd.options import KDOptions, options_of
 from fused_kd.positions import as_vector, counted
 from fused_kd.real_numbers import described
-from fused_kd.teachers import LOGITS, TeacherLogits, backend_name, row_dtypes, teacher_of, tensors_of
+from fused_kd.taught import LOGITS
+from fused_kd.teachers import TeacherLogits, backend_name, row_dtypes, teacher_of, tensors_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -138,7 +139,7 @@ def compute_linear(
     if eager:
         backend_name(options.backend, like, teacher, divergence.name)  # raises where the named one cannot be used
     rows, symbolic = row_options(options, divergence, options.backend, eager)
-    dtype, *_ = row_dtypes(teacher.kind, like, teacher.tensors)
+    dtype, *_ = row_dtypes(like, teacher)
     counts = counted(student.hidden, labels, num_items, weights, options, dtype, eager)
 
     given = teacher.tensors

@@ -64,7 +64,7 @@ def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[_
         kind, tuple(teacher[:given]), tuple(Head(*head, product_dtype(head[0], dtype)) for head in heads)
     )
     vectors = {"targets": targets, "coef_soft": coef_soft, "coef_hard": coef_hard}
-    check_vectors(kind, student.logits_like(), of_teacher.as_teacher().tensors, vectors)
+    check_vectors(student.logits_like(), of_teacher.as_teacher(), vectors)
     operands = (student, of_teacher, targets, coef_soft, coef_hard, tuple(wanted), recompute, summed, entropies)
     return (_Operands(*operands, chunk_rows, options),)
 
@@ -82,7 +82,7 @@ def results_of(a: _Operands, slices: "Slices | None" = None) -> tuple[Tensor, ..
 
 def _fake(a: _Operands) -> tuple[Tensor, ...]:
     like, logits = a.student.logits_like(), a.teacher.as_teacher()
-    dtype, *_ = teachers.row_dtypes(logits.kind, like, logits.tensors)
+    dtype, *_ = teachers.row_dtypes(like, logits)
     soft, hard, *entropies = (a.targets.new_empty(a.targets.shape, dtype=dtype) for _ in range(4))
     exact = torch.promote_types(a.student.dtype, torch.float32)
     hidden, weight, bias = (

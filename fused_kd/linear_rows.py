@@ -21,7 +21,7 @@ from fused_kd.backends.pytorch import row_index
 from fused_kd.backends.rows import SKIP, RowOptions
 from fused_kd.entropies import row_entropies
 from fused_kd.gradient_memory import empty
-from fused_kd.teachers import LOGITS, Teacher
+from fused_kd.taught import LOGITS, TaughtRows, Teacher
 
 if TYPE_CHECKING:
     from fused_kd.parallel.slices import Slices
@@ -124,9 +124,9 @@ def linear_rows(
     like, logits = student.logits_like(), teacher.as_teacher()
     if not options.caps:  # capped logits have another dtype
         options = options._replace(backend=teachers.backend_name(options.backend, like, logits, options.divergence))
-    (slices or teachers).check_rows(like, logits, targets, options)
+    (slices or teachers).check_rows(TaughtRows(like, logits, targets, options))
     columns = teachers.common_columns(like, logits)
-    dtype, *_ = teachers.row_dtypes(logits.kind, like, logits.tensors)
+    dtype, *_ = teachers.row_dtypes(like, logits)
     soft, hard, *of_both = (targets.new_zeros(targets.shape, dtype=dtype) for _ in range(4 if entropies else 2))
     scale = None
     if student.dtype == torch.float16 and any(wanted) and len(targets) > 0:
@@ -144,29 +144,29 @@ def linear_rows(
     spans = _spans(targets, size)
     space = _side_by_side(size if spans else 0, columns, dtypes, targets.device)
     gradients, verbs = _Sums(student, head, wanted, spans, len(targets)), slices or capped
-    for rows in spans:
-        x, target = _taken(student.hidden, rows).to(head.dtype), targets[rows]
-        if wanted[1] and isinstance(rows, slice):  # 0 times what an ignored row holds would be NaN in dW, if that is
+    for span in spans:
+        x, target = _taken(student.hidden, span).to(head.dtype), targets[span]
+        if wanted[1] and isinstance(span, slice):  # 0 times what an ignored row holds would be NaN in dW, if that is
             x = x.masked_fill((target == SKIP).unsqueeze(1), 0)
         places = [place[: len(target)] for place in space]
         s = head.project(x, places[0])
         projected = (
-            each.project(_taken(each.hidden, rows).to(each.dtype), place)
+            each.project(_taken(each.hidden, span).to(each.dtype), place)
             for each, place in zip(heads, places[1:], strict=False)
         )
-        piece = Teacher(LOGITS, (s,))
+        of_span = Teacher(LOGITS, (s,))
         if read:
-            piece = Teacher(teacher.kind, (*(_taken(each, rows) for each in teacher.tensors), *projected))
+            of_span = Teacher(teacher.kind, (*(_taken(each, span) for each in teacher.tensors), *projected))
+        rows = TaughtRows(s, of_span, target, options)
         if entropies:
-            of_piece = row_entropies if slices is None else slices.row_entropies
-            of_both[0][rows], of_both[1][rows] = of_piece(s, piece, target, options, None)
+            of_rows = row_entropies(rows) if slices is None else slices.row_entropies(rows)
+            of_both[0][span], of_both[1][span] = of_rows
         if any(wanted):
             g = s if over else places[-1]
-            coefs = coef_soft[rows], coef_hard[rows]
-            soft[rows], hard[rows] = verbs.rows_fused(s, piece.tensors, target, *coefs, piece.kind, options, g)
-            gradients.add(rows, g, x)
+            soft[span], hard[span] = verbs.rows_fused(rows, coef_soft[span], coef_hard[span], g)
+            gradients.add(span, g, x)
         else:
-            soft[rows], hard[rows], _ = verbs.rows_forward(s, piece.tensors, target, piece.kind, options)
+            soft[span], hard[span], _ = verbs.rows_forward(rows)
     return LinearRows(soft, hard, tuple(of_both), gradients.finish(scale))
 
 

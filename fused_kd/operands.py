@@ -16,7 +16,8 @@ from fused_kd.backends.rows import REST, RowOptions
 from fused_kd.checks import check_columns, check_dense, lazy
 from fused_kd.divergences import with_parameters
 from fused_kd.options import check_caps, check_smoothing, check_temperature
-from fused_kd.teachers import LOGITS, check_teacher, row_dtypes
+from fused_kd.taught import LOGITS, Teacher
+from fused_kd.teachers import check_teacher, row_dtypes
 
 # What an operator's `symbolic` replaces, in its order.
 SYMBOLIC = ("temperature", "teacher_temperature", "label_smoothing")  # the parameters, and the caps
@@ -33,29 +34,29 @@ def checked(names: list[str], arguments: tuple[Any, ...], read: bool) -> tuple[A
     """
     *named, rows = with_options(names, arguments, read)
     values = dict(zip(names, named, strict=True))
-    student, teacher, kind = values.pop("student"), values.pop("teacher"), values.pop("kind", LOGITS)
+    student, tensors, kind = values.pop("student"), values.pop("teacher"), values.pop("kind", LOGITS)
     check_columns("student", student)
-    if kind == LOGITS and isinstance(teacher, Tensor):
+    if kind == LOGITS and isinstance(tensors, Tensor):
         if rows.divergence != REST:
-            check_columns("teacher", teacher)
-        elif teacher.dtype != torch.int64 or teacher.dim() == 0:
-            got = f"{teacher.dtype} {tuple(teacher.shape)}"
+            check_columns("teacher", tensors)
+        elif tensors.dtype != torch.int64 or tensors.dim() == 0:
+            got = f"{tensors.dtype} {tuple(tensors.shape)}"
             raise TypeError(f"teacher must be int64 ids [..., k] for the divergence {REST!r}, got {got}")
-        teacher = (teacher,)
+        tensors = (tensors,)
     else:
-        check_teacher(kind, student, teacher)
-    check_vectors(kind, student, teacher, values)
+        check_teacher(student, Teacher(kind, tensors))
+    check_vectors(student, Teacher(kind, tensors), values)
     return *named, rows
 
 
-def check_vectors(kind: str, student: Tensor, teacher: Sequence[Tensor], vectors: dict[str, Tensor]) -> None:
+def check_vectors(student: Tensor, teacher: Teacher, vectors: dict[str, Tensor]) -> None:
     """Whether the teacher has the student's rows, and the vectors one number for each of them: `targets`, `stats`, and
     others by their names. Raises ValueError or TypeError."""
     count = math.prod(student.shape[:-1])
-    for each in teacher:
+    for each in teacher.tensors:
         _check_device("teacher", each, student)
         _check_size("teacher", each, math.prod(each.shape[:-1]), count, student)
-    dtype, stats_dtype, width = row_dtypes(kind, student, teacher)
+    dtype, stats_dtype, width = row_dtypes(student, teacher)
     for name, vector in vectors.items():
         if name == "stats":
             _check_rows(name, vector, count, student, stats_dtype, width)

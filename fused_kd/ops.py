@@ -19,35 +19,41 @@ import torch
 from torch import Tensor
 
 from fused_kd import backends, capped
-from fused_kd.backends.rows import REST, Backend, LogitRows, RowOptions, new_results
+from fused_kd.backends.rows import REST, RowOptions, new_results
 from fused_kd.checks import check_no_overlap
 from fused_kd.gradient_memory import empty_gradient
 from fused_kd.operands import checked, register_odd_operands
-from fused_kd.teachers import LOGITS, row_dtypes
+from fused_kd.taught import LOGITS, TaughtRows, Teacher
+from fused_kd.teachers import row_dtypes
 
 
-def forward(student: Tensor, teacher: Tensor, targets: Tensor, options: RowOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """soft[N], hard[N], and stats[N, STATS]: what the gradient needs of each row."""
-    if options.caps:
-        return capped.rows_forward(student, [teacher], targets, LOGITS, options)
-    rows = LogitRows(student, teacher, targets, options)
-    return _backend_for(rows).rows_forward(rows)
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """soft[N], hard[N], and stats[N, k]: what the gradient needs of each row."""
+    return capped.rows_forward(_rows(*arguments))
 
 
 def write_gradient(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Sequence[Tensor],
     targets: Tensor,
     stats: Tensor,
     grad_soft: Tensor,
     grad_hard: Tensor,
-    options: RowOptions,
-    out: Tensor,
+    *rest: Any,
 ) -> None:
-    if options.caps:
-        return capped.rows_backward(student, [teacher], targets, stats, grad_soft, grad_hard, LOGITS, options, out)
-    rows = LogitRows(student, teacher, targets, options)
-    return _backend_for(rows).rows_backward(rows, stats, grad_soft, grad_hard, out)
+    *kind_and_options, out = rest
+    capped.rows_backward(_rows(student, teacher, targets, *kind_and_options), stats, grad_soft, grad_hard, out)
+
+
+def _rows(student: Tensor, teacher: Tensor | Sequence[Tensor], targets: Tensor, *kind_and_options: Any) -> TaughtRows:
+    *kind, options = kind_and_options
+    if not isinstance(teacher, Tensor):
+        return TaughtRows(student, Teacher(kind[0], teacher), targets, options)
+    if not options.caps:  # capped logits have another dtype
+        compared = student if options.divergence == REST else teacher  # of ids there is nothing to refuse
+        backend = backends.choose(options.backend, student, compared, options.divergence)
+        options = options._replace(backend=backend.NAME)
+    return TaughtRows(student, Teacher(LOGITS, (teacher,)), targets, options)
 
 
 def _new(write: Callable[..., None]) -> Callable[..., Tensor]:
@@ -76,22 +82,14 @@ def fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """soft[N], hard[N] and the gradient of sum(coef_soft * soft + coef_hard * hard), in one visit of each row."""
     out = empty_gradient(student)
-    if options.caps:
-        return *capped.rows_fused(student, [teacher], targets, coef_soft, coef_hard, LOGITS, options, out), out
-    rows = LogitRows(student, teacher, targets, options)
-    return *_backend_for(rows).rows_fused(rows, coef_soft, coef_hard, out), out
-
-
-def _backend_for(rows: LogitRows) -> Backend:
-    teacher = rows.student if rows.options.divergence == REST else rows.teacher  # of ids there is nothing to refuse
-    return backends.choose(rows.options.backend, rows.student, teacher, rows.options.divergence)
+    return *capped.rows_fused(_rows(student, teacher, targets, options), coef_soft, coef_hard, out), out
 
 
 def _fake_forward(
     student: Tensor, teacher: Tensor | Sequence[Tensor], targets: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind, tensors = (LOGITS, [teacher]) if isinstance(teacher, Tensor) else (rest[0], teacher)
-    return new_results(student, targets, row_dtypes(kind, student, tensors))
+    given = Teacher(LOGITS, (teacher,)) if isinstance(teacher, Tensor) else Teacher(rest[0], teacher)
+    return new_results(student, targets, row_dtypes(student, given))
 
 
 def _fake_entropy(student: Tensor, *rest: Any) -> Tensor:
@@ -162,11 +160,11 @@ rows_fused = operator(
     "Tensor student, Tensor teacher, Tensor targets, Tensor coef_soft, Tensor coef_hard -> (Tensor, Tensor, Tensor)",
 )
 teachers_forward, teachers_backward, teachers_backward_ = _pair(
-    "teachers", capped.rows_forward, capped.rows_backward, "Tensor[] teacher", ", str kind"
+    "teachers", forward, write_gradient, "Tensor[] teacher", ", str kind"
 )
 teachers_entropy = operator(
     "teachers_entropy",
-    capped.rows_entropy,
+    lambda *arguments: capped.rows_entropy(_rows(*arguments)),
     _fake_entropy,
     "Tensor student, Tensor[] teacher, Tensor targets, str kind -> Tensor",
 )

@@ -51,6 +51,7 @@ from fused_kd.ensemble import pieces
 from fused_kd.families import Columns, Linear, column_terms
 from fused_kd.options import check_temperature
 from fused_kd.real_numbers import number
+from fused_kd.taught import TaughtRows
 
 Missing = Literal["rest", "renormalize", "both", "truncate"]
 MISSING: tuple[str, ...] = get_args(Missing)
@@ -170,10 +171,11 @@ def backend_for(name: str, student: Tensor, teacher: Sequence[Tensor], divergenc
     return choose(name, student, student, REST)
 
 
-def check_rows(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str) -> None:
+def check_rows(rows: TaughtRows) -> None:
     """On the CPU. Raises IndexError or ValueError for a row that counts and cannot be."""
-    if targets.device.type == "cpu":
-        _checked(_slots(teacher, student.shape[-1]), targets, kind, student.shape[-1])
+    if rows.targets.device.type == "cpu":
+        columns = rows.student.shape[-1]
+        _checked(_slots(rows.teacher.tensors, columns), rows.targets, rows.teacher.kind, columns)
 
 
 def row_dtypes(student: Tensor, teacher: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, int]:
@@ -182,50 +184,42 @@ def row_dtypes(student: Tensor, teacher: Sequence[Tensor]) -> tuple[torch.dtype,
     return dtype, dtype, STATS + teacher[0].shape[-1] + 1
 
 
-def rows_forward(
-    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    columns = student.shape[-1]
-    slots = _slots(teacher, columns)
-    log_p = _teachers_classes(slots, targets, kind, columns)
-    soft, hard, stats, at_ids = _visited(student, slots, targets, options)
+def rows_forward(rows: TaughtRows) -> tuple[Tensor, Tensor, Tensor]:
+    columns = rows.student.shape[-1]
+    slots = _slots(rows.teacher.tensors, columns)
+    log_p = _teachers_classes(slots, rows.targets, rows.teacher.kind, columns)
+    soft, hard, stats, at_ids = _visited(rows, slots)
     slope = stats.new_zeros((len(stats), slots.ids.shape[-1] + 1))
-    if options.soft:
-        rest = log_rest(stats[:, TEACHER_MAX], stats[:, STUDENT_SUM], stats[:, LOG_RATIO], options)
-        value, gradient = concluded(log_p, at_ids, rest, targets, columns, kind, options)
+    if rows.options.soft:
+        rest = log_rest(stats[:, TEACHER_MAX], stats[:, STUDENT_SUM], stats[:, LOG_RATIO], rows.options)
+        value, gradient = concluded(log_p, at_ids, rest, rows, columns)
         soft, slope = value.to(soft.dtype), gradient.to(stats.dtype)
     return soft, hard, torch.cat([stats, slope], -1)
 
 
-def rows_visited(
-    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rows_visited(rows: TaughtRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All that `concluded` needs of the student: what the verb has of REST, and the logits at the ids [N, k], -inf
     where there is none. The columns may be some of a longer row, from the first of which ids and labels are counted."""
-    return _visited(student, _slots(teacher, student.shape[-1]), targets, options)
+    return _visited(rows, _slots(rows.teacher.tensors, rows.student.shape[-1]))
 
 
-def teachers_classes(teacher: Sequence[Tensor], targets: Tensor, kind: str, columns: int | Tensor) -> Tensor:
-    """log p of the classes, [N, k + 1], float64; NaN in rows that cannot be. On the CPU these raise."""
-    return _teachers_classes(_slots(teacher, columns), targets, kind, columns)
+def teachers_classes(rows: TaughtRows, columns: int | Tensor) -> Tensor:
+    """log p of the classes, [N, k + 1], float64, for so many columns; NaN in rows that cannot be. On the CPU these
+    raise."""
+    return _teachers_classes(_slots(rows.teacher.tensors, columns), rows.targets, rows.teacher.kind, columns)
 
 
 def concluded(
-    log_p: Tensor,
-    at_ids: Tensor,
-    rest: Tensor,
-    targets: Tensor,
-    columns: int | Tensor,
-    kind: str,
-    options: RowOptions,
+    log_p: Tensor, at_ids: Tensor, rest: Tensor, rows: TaughtRows, columns: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The soft term [N] of rows of so many columns, and its gradient [N, k + 1], times tau, in the logarithms of the
     student's masses, in float64: from the teacher's classes, the student's logits at the ids, and log R of REST."""
-    divergence = with_parameters(options.divergence, options.parameters)
-    _check_divergence(kind, divergence)
-    value, gradient = _of_classes(at_ids.to(log_p.dtype) / options.temperature, rest, log_p, kind, divergence)
-    value = torch.where(in_range(targets, columns), value, torch.nan)
-    return torch.where(targets == SKIP, 0.0, value), gradient
+    divergence = with_parameters(rows.options.divergence, rows.options.parameters)
+    _check_divergence(rows.teacher.kind, divergence)
+    x = at_ids.to(log_p.dtype) / rows.options.temperature
+    value, gradient = _of_classes(x, rest, log_p, rows.teacher.kind, divergence)
+    value = torch.where(in_range(rows.targets, columns), value, torch.nan)
+    return torch.where(rows.targets == SKIP, 0.0, value), gradient
 
 
 def log_rest(point: Tensor, total: Tensor, rounding: Tensor, options: RowOptions) -> Tensor:
@@ -234,21 +228,12 @@ def log_rest(point: Tensor, total: Tensor, rounding: Tensor, options: RowOptions
     return point.to(exact) / options.temperature + (total.to(exact) + rounding.to(exact)).log()
 
 
-def rows_backward(
-    student: Tensor,
-    teacher: Sequence[Tensor],
-    targets: Tensor,
-    stats: Tensor,
-    grad_soft: Tensor,
-    grad_hard: Tensor,
-    kind: str,
-    options: RowOptions,
-    out: Tensor,
-) -> None:
-    slots = _slots(teacher, student.shape[-1])
+def rows_backward(rows: TaughtRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
+    student, (_, tensors), targets, options = rows
+    columns = student.shape[-1]
+    slots = _slots(tensors, columns)
     stats, slope = stats[:, :STATS], stats[:, STATS:]
     values = (grad_soft / options.temperature).unsqueeze(1) * slope[:, :-1]
-    columns = student.shape[-1]
     if options.hard:
         logits, is_label = _logits_at(student, slots).to(stats.dtype), slots.ids == targets.unsqueeze(1)
         rise = hard_gradient(logits, is_label, stats.unsqueeze(1), options.label_smoothing, columns)
@@ -259,8 +244,8 @@ def rows_backward(
     values = torch.where((valid & (targets != SKIP)).unsqueeze(1), values, instead).to(out.dtype)
 
     # (The student's logits have been read: they may be overwritten now.)
-    backend, rows = _rest_rows(student, slots, targets, options)
-    backend.rows_backward(rows, stats.contiguous(), grad_soft * slope[:, -1], grad_hard, out)
+    backend, of_rest = _rest_rows(rows, slots)
+    backend.rows_backward(of_rest, stats.contiguous(), grad_soft * slope[:, -1], grad_hard, out)
     # An empty slot writes what the first filled one does; or where none is, what is there.
     any_filled, first = slots.filled.max(-1, keepdim=True)
     first_id = slots.ids.gather(1, first).clamp(min=0)
@@ -273,16 +258,14 @@ def rows_backward(
     out[index] = values
 
 
-def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:
-    return classes_entropy(student, teacher, targets, kind, student.shape[-1])
+def rows_entropy(rows: TaughtRows) -> Tensor:
+    return classes_entropy(rows, rows.student.shape[-1])
 
 
-def classes_entropy(
-    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, columns: int | Tensor
-) -> Tensor:
+def classes_entropy(rows: TaughtRows, columns: int | Tensor) -> Tensor:
     """`rows_entropy`, of rows of so many columns."""
-    value = entropy(teachers_classes(teacher, targets, kind, columns))
-    return torch.where(targets == SKIP, 0.0, value).to(row_dtype(student))
+    value = entropy(teachers_classes(rows, columns))
+    return torch.where(rows.targets == SKIP, 0.0, value).to(row_dtype(rows.student))
 
 
 class _Slots(NamedTuple):
@@ -332,10 +315,10 @@ def _checked(slots: _Slots, targets: Tensor, kind: str, columns: int | Tensor) -
     return torch.where(bad.unsqueeze(1), torch.nan, log_p), torch.where(bad.unsqueeze(1), torch.nan, log_sum)
 
 
-def _rest_rows(student: Tensor, slots: _Slots, targets: Tensor, options: RowOptions) -> tuple[Backend, LogitRows]:
-    backend = choose(options.backend, student, student, REST)
+def _rest_rows(rows: TaughtRows, slots: _Slots) -> tuple[Backend, LogitRows]:
+    student, options = rows.student, rows.options._replace(divergence=REST, parameters=())
     ids = slots.ids.reshape(*student.shape[:-1], slots.ids.shape[-1])
-    return backend, LogitRows(student, ids, targets, options._replace(divergence=REST, parameters=()))
+    return choose(options.backend, student, student, REST), LogitRows(student, ids, rows.targets, options)
 
 
 def _logits_at(student: Tensor, slots: _Slots) -> Tensor:
@@ -344,12 +327,10 @@ def _logits_at(student: Tensor, slots: _Slots) -> Tensor:
     return student.gather(-1, ids).reshape(slots.ids.shape)
 
 
-def _visited(
-    student: Tensor, slots: _Slots, targets: Tensor, options: RowOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend, rows = _rest_rows(student, slots, targets, options)
-    at_ids = torch.where(slots.filled, _logits_at(student, slots), -torch.inf)
-    return *backend.rows_forward(rows), at_ids
+def _visited(rows: TaughtRows, slots: _Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend, of_rest = _rest_rows(rows, slots)
+    at_ids = torch.where(slots.filled, _logits_at(rows.student, slots), -torch.inf)
+    return *backend.rows_forward(of_rest), at_ids
 
 
 def _teachers_classes(slots: _Slots, targets: Tensor, kind: str, columns: int | Tensor) -> Tensor:

@@ -2,20 +2,19 @@
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_kd import backends, ensemble, sparse
 from fused_kd.backends import rows as backend_rows
-from fused_kd.backends.rows import STATS, LogitRows, RowOptions, check_targets, exact_dtype, row_dtype
+from fused_kd.backends.rows import STATS, LogitRows, check_targets, exact_dtype, row_dtype
 from fused_kd.checks import check_teacher_logits, check_teacher_weights
 from fused_kd.divergences import divergence_of
 from fused_kd.options import KDOptions
 from fused_kd.sparse import SparseTeacher
-
-LOGITS = "logits"
+from fused_kd.taught import LOGITS, TaughtRows, Teacher
 
 # The one list of the other kinds, and who has their verbs.
 _KINDS: dict[str, ModuleType] = {
@@ -25,14 +24,6 @@ _KINDS: dict[str, ModuleType] = {
 
 
 TeacherLogits: TypeAlias = Tensor | Sequence[Tensor] | SparseTeacher
-
-
-class Teacher(NamedTuple):
-    """`kind` says what the tensors are, each of which has the student's leading shape: the logits [..., V], or what
-    its module says."""
-
-    kind: str
-    tensors: tuple[Tensor, ...]
 
 
 def tensors_of(teacher: object) -> Sequence[object]:
@@ -97,21 +88,21 @@ def verbs_of(kind: str) -> ModuleType:
     return _KINDS[kind]
 
 
-def check_teacher(kind: str, student: Tensor, teacher: Sequence[Tensor]) -> None:
-    """Whether an operator's teacher can be of this kind. Raises ValueError or TypeError."""
-    verbs_of(kind).check_teacher(student, teacher)
-    for each in teacher:
+def check_teacher(student: Tensor, teacher: Teacher) -> None:
+    """Whether an operator's teacher can be of its kind. Raises ValueError or TypeError."""
+    verbs_of(teacher.kind).check_teacher(student, teacher.tensors)
+    for each in teacher.tensors:
         if each.shape[:-1] != student.shape[:-1]:
             shapes = f"{tuple(student.shape)} and {tuple(each.shape)}"
             raise ValueError(f"teacher must have the student's leading shape, got the shapes {shapes}")
 
 
-def row_dtypes(kind: str, student: Tensor, teacher: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, int]:
+def row_dtypes(student: Tensor, teacher: Teacher) -> tuple[torch.dtype, torch.dtype, int]:
     """The dtype of vectors with one number a row; that of stats, and how many numbers these have a row."""
-    if kind == LOGITS:
-        dtype = row_dtype(student, *teacher)
+    if teacher.kind == LOGITS:
+        dtype = row_dtype(student, *teacher.tensors)
         return dtype, dtype, STATS
-    dtypes: tuple[torch.dtype, torch.dtype, int] = verbs_of(kind).row_dtypes(student, teacher)
+    dtypes: tuple[torch.dtype, torch.dtype, int] = verbs_of(teacher.kind).row_dtypes(student, teacher.tensors)
     return dtypes
 
 
@@ -123,7 +114,7 @@ def backend_name(name: str, student: Tensor, teacher: Teacher, divergence: str) 
     return chosen
 
 
-def logits_of(teacher: Teacher) -> tuple[Tensor, ...]:
+def logits_of(teacher: Teacher) -> Sequence[Tensor]:
     """Those of its tensors that are logits [..., V]."""
     if teacher.kind == LOGITS:
         return teacher.tensors
@@ -135,70 +126,44 @@ def common_columns(student: Tensor, teacher: Teacher) -> int:
     return min(x.shape[-1] for x in (student, *logits_of(teacher)))
 
 
-def check_rows(student: Tensor, teacher: Teacher, targets: Tensor, options: RowOptions) -> None:
+def check_rows(rows: TaughtRows) -> None:
     """Raises what the verbs do for a row that cannot be, with its number among all rows."""
-    logits = student[..., : common_columns(student, teacher)]
-    check_targets(LogitRows(student, logits, targets, options))
-    if teacher.kind in sparse.MISSING:
-        sparse.check_rows(student, teacher.tensors, targets, teacher.kind)
+    columns = common_columns(rows.student, rows.teacher)
+    check_targets(LogitRows(rows.student, rows.student[..., :columns], rows.targets, rows.options))
+    if rows.teacher.kind in sparse.MISSING:
+        sparse.check_rows(rows)
 
 
-def new_results(
-    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return backend_rows.new_results(student, targets, row_dtypes(kind, student, teacher))
+def new_results(rows: TaughtRows) -> tuple[Tensor, Tensor, Tensor]:
+    return backend_rows.new_results(rows.student, rows.targets, row_dtypes(rows.student, rows.teacher))
 
 
-def rows_forward(
-    student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """options.backend is the name of one."""
-    if kind == LOGITS:
-        return backends.PREFERENCE[options.backend].rows_forward(LogitRows(student, teacher[0], targets, options))
-    result: tuple[Tensor, Tensor, Tensor] = verbs_of(kind).rows_forward(student, teacher, targets, kind, options)
+def rows_forward(rows: TaughtRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits: options.backend is the name of one."""
+    if rows.teacher.kind == LOGITS:
+        return backends.PREFERENCE[rows.options.backend].rows_forward(rows.of_logits())
+    result: tuple[Tensor, Tensor, Tensor] = verbs_of(rows.teacher.kind).rows_forward(rows)
     return result
 
 
-def rows_backward(
-    student: Tensor,
-    teacher: Sequence[Tensor],
-    targets: Tensor,
-    stats: Tensor,
-    grad_soft: Tensor,
-    grad_hard: Tensor,
-    kind: str,
-    options: RowOptions,
-    out: Tensor,
-) -> None:
-    vectors = (stats, grad_soft, grad_hard)
-    if kind == LOGITS:
-        rows = LogitRows(student, teacher[0], targets, options)
-        backends.PREFERENCE[options.backend].rows_backward(rows, *vectors, out)
+def rows_backward(rows: TaughtRows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, out: Tensor) -> None:
+    if rows.teacher.kind == LOGITS:
+        backends.PREFERENCE[rows.options.backend].rows_backward(rows.of_logits(), stats, grad_soft, grad_hard, out)
     else:
-        verbs_of(kind).rows_backward(student, teacher, targets, *vectors, kind, options, out)
+        verbs_of(rows.teacher.kind).rows_backward(rows, stats, grad_soft, grad_hard, out)
 
 
-def rows_fused(
-    student: Tensor,
-    teacher: Sequence[Tensor],
-    targets: Tensor,
-    coef_soft: Tensor,
-    coef_hard: Tensor,
-    kind: str,
-    options: RowOptions,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
+def rows_fused(rows: TaughtRows, coef_soft: Tensor, coef_hard: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """soft[N] and hard[N], and the gradient of sum(coef_soft * soft + coef_hard * hard) into `out`, which may be the
     student."""
-    if kind == LOGITS:
-        rows = LogitRows(student, teacher[0], targets, options)
-        return backends.PREFERENCE[options.backend].rows_fused(rows, coef_soft, coef_hard, out)
-    soft, hard, stats = rows_forward(student, teacher, targets, kind, options)
-    rows_backward(student, teacher, targets, stats, coef_soft, coef_hard, kind, options, out)
+    if rows.teacher.kind == LOGITS:
+        return backends.PREFERENCE[rows.options.backend].rows_fused(rows.of_logits(), coef_soft, coef_hard, out)
+    soft, hard, stats = rows_forward(rows)
+    rows_backward(rows, stats, coef_soft, coef_hard, out)
     return soft, hard
 
 
-def rows_entropy(student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions) -> Tensor:
+def rows_entropy(rows: TaughtRows) -> Tensor:
     """The entropy of each row's p, [N], 0 where it is skipped; not of logits (`fused_kd.entropies`)."""
-    result: Tensor = verbs_of(kind).rows_entropy(student, teacher, targets, kind, options)
+    result: Tensor = verbs_of(rows.teacher.kind).rows_entropy(rows)
     return result

@@ -20,6 +20,7 @@ from fused_kd.backends.rows import NO_LABEL, SKIP, RowOptions
 from fused_kd.divergences import JSD, Divergence, ForwardKL, LogitMSE, ReverseKL, SymmetricKL
 from fused_kd.ensemble import ENSEMBLES, pieces
 from fused_kd.reference import kd_loss
+from fused_kd.taught import TaughtRows, Teacher
 
 NAN = math.nan
 
@@ -287,11 +288,11 @@ def test_pieces_are_bounded(dtype: torch.dtype, kind: str, monkeypatch: pytest.M
     for rows in (16, 32):
         student, teachers = make_teachers("wide", 4, rows // 4, 2048, dtype=dtype)
         targets, ones, gradient = make_labels(rows, vocabulary=2048), torch.ones(rows), torch.empty_like(student)
-        teacher = [torch.full((4, rows // 4, 3), 1 / 3), *teachers]
-        options = RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "auto")
+        teacher = Teacher(kind, [torch.full((4, rows // 4, 3), 1 / 3), *teachers])
+        taught = TaughtRows(student, teacher, targets, RowOptions(2.0, 2.0, "forward_kl", 0.0, True, True, "auto"))
         with Allocations() as seen:
-            stats = ensemble.rows_forward(student, teacher, targets, kind, options)[2]
-            ensemble.rows_backward(student, teacher, targets, stats, ones, ones, kind, options, gradient)
+            stats = ensemble.rows_forward(taught)[2]
+            ensemble.rows_backward(taught, stats, ones, ones, gradient)
         largest.append(seen.largest)
     assert largest[0] == largest[1] == 8 << 14
 

@@ -61,7 +61,7 @@ def heads(device: str) -> tuple[Head, Heads]:
 
 def peak_of_both(monkeypatch: pytest.MonkeyPatch, wanted: tuple[bool, bool, bool]) -> int:
     """Of forward and backward."""
-    new = lambda s, t, targets, *_: tuple(s.new_empty(targets.shape) for _ in range(2))  # noqa: E731
+    new = lambda rows, *_: tuple(rows.student.new_empty(rows.targets.shape) for _ in range(2))  # noqa: E731
     monkeypatch.setattr(capped, "rows_fused", new)
     monkeypatch.setattr(capped, "rows_forward", lambda *a: (*new(*a), None))
     monkeypatch.setattr(linear_op, "plain", lambda *_: True)  # as without the mode that counts

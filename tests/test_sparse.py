@@ -53,6 +53,7 @@ from fused_kd.divergences import (
 from fused_kd.families import DECIMALS, Columns, Linear
 from fused_kd.reference import hard_term
 from fused_kd.sparse import MISSING
+from fused_kd.taught import TaughtRows, Teacher
 
 NAN = math.nan
 
@@ -410,11 +411,12 @@ def test_nothing_of_the_logits_size_is_allocated(inplace: bool, monkeypatch: pyt
     student, teacher = make_logits("wide", 4, 16, 2048)
     top = SparseTeacher.from_logits(teacher, 8)
     targets, ones = make_labels(64, vocabulary=2048), torch.ones(64)
-    options, gradient = RowOptions(2.0, 2.0, "jsd", 0.1, True, True, "torch"), torch.empty_like(student)
-    out = student if inplace else gradient
+    options = RowOptions(2.0, 2.0, "jsd", 0.1, True, True, "torch")
+    rows = TaughtRows(student, Teacher("rest", (top.ids, top.log_probs)), targets, options)
+    out = student if inplace else torch.empty_like(student)
     with Allocations() as seen:
-        stats = sparse.rows_forward(student, (top.ids, top.log_probs), targets, "rest", options)[2]
-        sparse.rows_backward(student, (top.ids, top.log_probs), targets, stats, ones, ones, "rest", options, out)
+        stats = sparse.rows_forward(rows)[2]
+        sparse.rows_backward(rows, stats, ones, ones, out)
     assert seen.largest <= 8 << 14 < 4 * student.numel()
     assert stats.shape == (64, STATS + 9)
 

@@ -46,7 +46,7 @@ from fused_kd.parallel.ranks import Ranks
 from fused_kd.parallel.slices import Slices, has_second_visit, takes_second_visit
 from fused_kd.positions import Coefficient
 from fused_kd.sparse import SparseTeacher
-from fused_kd.teachers import Teacher
+from fused_kd.taught import TaughtRows, Teacher
 
 
 def of_dtensors(
@@ -126,7 +126,7 @@ def rows_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fused_kd.autograd.rows_loss` with the labels of the whole vocabulary as targets: the same bits on each rank, and
     the gradient of its slice."""
-    slices.check_rows(student, teacher, targets, rows)
+    slices.check_rows(TaughtRows(student, teacher, targets, rows))
     head = student, targets, coef_soft, coef_hard, symbolic, teacher.kind, rows, inplace, summed
     losses, soft, hard, _ = _MergedFunction.apply(*head, *teacher.tensors, slices)
     return losses, soft, hard
@@ -141,11 +141,11 @@ class _MergedFunction(_EagerFunction):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         student, targets, coef_soft, coef_hard, symbolic, kind, options, inplace, summed, *teacher, slices = inputs
-        own = slices.of(student, teacher, targets, kind, options)
+        own = slices.of(TaughtRows(student, Teacher(kind, teacher), targets, options))
         soft, hard, stats = own.forward()
         output = (_losses(soft, hard, coef_soft, coef_hard, options, summed), soft, hard, stats)
-        vectors = own.targets, coef_soft, coef_hard, symbolic
-        of_slice = student, *vectors, kind, own.backward_options(), inplace, summed, *own.teacher
+        _, (_, tensors), local, of_backward = own.backward_rows()
+        of_slice = student, local, coef_soft, coef_hard, symbolic, kind, of_backward, inplace, summed, *tensors
         FusedKDFunction.setup_context(ctx, of_slice, output)
         ctx.eager = True
         return output

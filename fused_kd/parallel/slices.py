@@ -1,6 +1,6 @@
 """The verbs of `fused_kd.capped` for rows of which this rank has a slice of the columns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,8 @@ from fused_kd.divergences import Divergence, ForwardKL, LogitMSE, ReverseKL, wit
 from fused_kd.families import Linear
 from fused_kd.parallel.merging import Found
 from fused_kd.parallel.ranks import Ranks
-from fused_kd.teachers import LOGITS, Teacher, backend_name
+from fused_kd.taught import LOGITS, TaughtRows, Teacher
+from fused_kd.teachers import backend_name
 
 # What a rank sends of a row: the term, and what the terms of all are put together from.
 _OF_SOFT = (STUDENT_MAX, TEACHER_MAX, STUDENT_SUM, TEACHER_SUM, LOG_RATIO)
@@ -46,74 +47,56 @@ class Slices(NamedTuple):
 
     ranks: Ranks
 
-    def check_rows(self, student: Tensor, teacher: Teacher, targets: Tensor, options: RowOptions) -> None:
+    def check_rows(self, rows: TaughtRows) -> None:
         """Raises, on the CPU, for a label that nobody has, and for a row of a sparse teacher that cannot be."""
-        if targets.device.type == "cpu":
-            whole = student.new_empty(1).expand(int(self.ranks.columns))
-            check_targets(LogitRows(whole, whole, targets, options))
-            if teacher.kind in sparse.MISSING:
-                sparse.check_rows(whole, teacher.tensors, targets, teacher.kind)
+        if rows.targets.device.type == "cpu":
+            whole = rows.student.new_empty(1).expand(int(self.ranks.columns))
+            check_targets(LogitRows(whole, whole, rows.targets, rows.options))
+            if rows.teacher.kind in sparse.MISSING:
+                sparse.check_rows(rows._replace(student=whole))
 
-    def of(
-        self, student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
-    ) -> "Slice":
-        columns, part = student.shape[-1], teacher
+    def of(self, rows: TaughtRows) -> "Slice":
+        student, (kind, tensors), targets, options = rows
+        columns, part = student.shape[-1], tensors
         divergence = one_sided(with_parameters(options.divergence, options.parameters))
         options = options._replace(divergence=divergence.name, parameters=divergence.parameters)
         if columns == 1:  # which native kernels know to be all of p and q
             options = options._replace(backend=pytorch.NAME)
         local, owner = self.ranks.targets(targets, columns)
         if kind in sparse.MISSING:
-            part = self.ranks.ids(teacher[0], columns), teacher[1]
+            part = self.ranks.ids(tensors[0], columns), tensors[1]
         elif kind == "arithmetic":
-            (own,) = capped.in_pieces(ensemble.rows_log_sums, student, teacher, local, kind, options)
-            log_sums = self.ranks.gathered(own).logsumexp(0)
-            part = torch.cat([teacher[0], log_sums.view(teacher[0].shape)], -1), *teacher[1:]
-        return Slice(self.ranks, student, part, teacher, local, owner, kind, options)
+            (of_slice,) = capped.in_pieces(ensemble.rows_log_sums, rows._replace(targets=local, options=options))
+            log_sums = self.ranks.gathered(of_slice).logsumexp(0)
+            part = torch.cat([tensors[0], log_sums.view(tensors[0].shape)], -1), *tensors[1:]
+        whole, own = rows._replace(options=options), TaughtRows(student, Teacher(kind, part), local, options)
+        return Slice(self.ranks, own, whole, owner)
 
-    def rows_forward(
-        self, student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.of(student, teacher, targets, kind, options).forward()
+    def rows_forward(self, rows: TaughtRows) -> tuple[Tensor, Tensor, Tensor]:
+        return self.of(rows).forward()
 
-    def rows_fused(
-        self,
-        student: Tensor,
-        teacher: Sequence[Tensor],
-        targets: Tensor,
-        coef_soft: Tensor,
-        coef_hard: Tensor,
-        kind: str,
-        options: RowOptions,
-        out: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        own = self.of(student, teacher, targets, kind, options)
+    def rows_fused(self, rows: TaughtRows, coef_soft: Tensor, coef_hard: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        own = self.of(rows)
         soft, hard, stats = own.forward()
-        vectors = stats, coef_soft, coef_hard
-        capped.rows_backward(student, own.teacher, own.targets, *vectors, kind, own.backward_options(), out)
+        capped.rows_backward(own.backward_rows(), stats, coef_soft, coef_hard, out)
         return soft, hard
 
-    def row_entropies(
-        self, student: Tensor, teacher: Teacher, targets: Tensor, rows: RowOptions, symbolic: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def row_entropies(self, rows: TaughtRows, symbolic: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`fused_kd.entropies`, of whole rows."""
-        of_student = self._entropy(student, targets, rows, rows.temperature, rows.caps[:2])
-        if teacher.kind in sparse.MISSING:
-            columns = self.ranks.columns
-            return of_student, sparse.classes_entropy(student, teacher.tensors, targets, teacher.kind, columns)
-        if teacher.kind != LOGITS:
-            mean = with_itself(rows, rows.teacher_temperature)
-            return of_student, self.of(student, teacher.tensors, targets, teacher.kind, mean).entropy_of_teachers()
-        return of_student, self._entropy(teacher.tensors[0], targets, rows, rows.teacher_temperature, rows.caps[2:])
+        o, (kind, tensors) = rows.options, rows.teacher
+        of_student = self._entropy(rows.student, rows, o.temperature, o.caps[:2])
+        if kind in sparse.MISSING:
+            return of_student, sparse.classes_entropy(rows, self.ranks.columns)
+        if kind != LOGITS:
+            mean = rows._replace(options=with_itself(o, o.teacher_temperature))
+            return of_student, self.of(mean).entropy_of_teachers()
+        return of_student, self._entropy(tensors[0], rows, o.teacher_temperature, o.caps[2:])
 
-    def _entropy(
-        self, logits: Tensor, targets: Tensor, rows: RowOptions, temperature: float, caps: tuple[float, ...]
-    ) -> Tensor:
-        itself = with_itself(rows, temperature)._replace(caps=caps * 2)
+    def _entropy(self, logits: Tensor, rows: TaughtRows, temperature: float, caps: tuple[float, ...]) -> Tensor:
+        itself, teacher = with_itself(rows.options, temperature)._replace(caps=caps * 2), Teacher(LOGITS, (logits,))
         if not caps:  # capped logits have another dtype
-            backend = backend_name(rows.backend, logits, Teacher(LOGITS, (logits,)), itself.divergence)
-            itself = itself._replace(backend=backend)
-        return self.rows_forward(logits, [logits], targets, LOGITS, itself)[0]
+            itself = itself._replace(backend=backend_name(itself.backend, logits, teacher, itself.divergence))
+        return self.rows_forward(TaughtRows(logits, teacher, rows.targets, itself))[0]
 
 
 def one_sided(divergence: Divergence) -> Divergence:
@@ -136,13 +119,9 @@ class Slice(NamedTuple):
     """Of rows: what the verbs take, and beside it what is only to be seen with the other ranks'."""
 
     ranks: Ranks
-    student: Tensor  # [..., the slice's columns]
-    teacher: Sequence[Tensor]  # likewise, or ids counted from the first of these columns
-    whole_teacher: Sequence[Tensor]  # what was given
-    targets: Tensor  # of the slice, as if it were the vocabulary
+    rows: TaughtRows  # labels, and the ids of a sparse teacher, are counted from the first of the slice's columns
+    whole: TaughtRows  # as they were given
     owner: Tensor  # the rank that has the label, or what else the target is
-    kind: str
-    options: RowOptions
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """soft[N] and hard[N] of the whole rows, and the stats that the backward verbs take for this slice."""
@@ -150,15 +129,14 @@ class Slice(NamedTuple):
 
     def entropy_of_teachers(self) -> Tensor:
         """Of several; with the options of `with_itself`."""
-        rows = self.student, self.teacher, self.targets, self.kind, self.options
-        soft, hard, stats = capped.in_pieces(ensemble.rows_with_themselves, *rows)
+        soft, hard, stats = capped.in_pieces(ensemble.rows_with_themselves, self.rows)
         first = self._first_of_teacher()
         for point, total in (STUDENT_MAX, STUDENT_SUM), (TEACHER_MAX, TEACHER_SUM):
             _say_nothing(stats, point, (total,), first)
         return self._merged(soft, hard, stats, stats[:, :0])[0]
 
     def _merged(self, soft: Tensor, hard: Tensor, stats: Tensor, at_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        o, divergence = self.options, self._divergence
+        o, divergence = self.rows.options, self._divergence
         own = self._sent(soft, hard, stats)
         numbers = torch.stack([x.to(stats.dtype) for x in own.values()], 1)
         if o.soft:
@@ -175,76 +153,76 @@ class Slice(NamedTuple):
             soft = found.logit_mse(divergence, whole)
         elif o.soft:
             soft = found.soft(self._first_options().divergence, whole)
-            if takes_second_visit(self.kind, divergence):
+            if takes_second_visit(self.rows.teacher.kind, divergence):
                 sums = self.ranks.gathered(self._term_sums(whole.to(stats.dtype)))
                 soft, whole[:, GROWTH], whole[:, TOP] = pytorch.concluded(sums.to(whole.dtype).sum(0).T)
         if o.hard:
             hard = found.hard(self._first_of_student(), whole)
         return soft.to(dtype), hard.to(dtype), torch.cat([whole, slope], 1).to(stats.dtype)
 
-    def backward_options(self) -> RowOptions:
-        """Those of the backward verbs: as much of label smoothing as the slice is of the vocabulary. (On a GPU that
+    def backward_rows(self) -> TaughtRows:
+        """What the backward verbs take: as much of label smoothing as the slice is of the vocabulary. (On a GPU that
         waits.)"""
-        o, columns = self.options, self.student.shape[-1]
-        if takes_second_visit(self.kind, self._divergence):
+        o, columns = self.rows.options, self.rows.student.shape[-1]
+        if takes_second_visit(self.rows.teacher.kind, self._divergence):
             o = o._replace(backend=self._second_visitor())
         if o.label_smoothing > 0:
             o = o._replace(label_smoothing=o.label_smoothing * columns / int(self.ranks.columns))
-        return o
+        return self.rows._replace(options=o)
 
     @property
     def _sparse(self) -> bool:
-        return self.kind in sparse.MISSING
+        return self.rows.teacher.kind in sparse.MISSING
 
     @property
     def _divergence(self) -> Divergence:
-        return with_parameters(self.options.divergence, self.options.parameters)
+        return with_parameters(self.rows.options.divergence, self.rows.options.parameters)
 
     def _second_visitor(self) -> str:
         """The backend of the second visit and of the gradient, which must see alike what columns have more than half of
         q."""
-        name = self.options.backend
+        name = self.rows.options.backend
         return name if name != "auto" and has_second_visit(name) else pytorch.NAME
 
     def _first_options(self) -> RowOptions:
         """Of the first visit."""
-        o = self.options
-        if takes_second_visit(self.kind, self._divergence):
+        o = self.rows.options
+        if takes_second_visit(self.rows.teacher.kind, self._divergence):
             o = o._replace(divergence=ForwardKL.name, parameters=())
         # (Entirely: hard is then the slice's log-sum-exp less its mean.)
         return o._replace(label_smoothing=1.0) if o.label_smoothing > 0 else o
 
     def _first_of_student(self) -> Tensor:
         """The logits in the first column, [N]."""
-        return _logits_at(self.student, torch.zeros_like(self.targets), self.options.caps[:2])
+        return _logits_at(self.rows.student, torch.zeros_like(self.owner), self.rows.options.caps[:2])
 
     def _first_of_teacher(self) -> Tensor:
         """Likewise, or those of several combined."""
-        o, firsts = self.options, torch.zeros_like(self.targets)
-        if self.kind == LOGITS:
-            return _logits_at(self.teacher[0], firsts, o.caps[2:])
-        weights, *teachers = self.teacher
+        (kind, tensors), o, firsts = self.rows.teacher, self.rows.options, torch.zeros_like(self.owner)
+        if kind == LOGITS:
+            return _logits_at(tensors[0], firsts, o.caps[2:])
+        weights, *teachers = tensors
         weights = weights.reshape(len(firsts), weights.shape[-1])
         each = [_logits_at(x, firsts, o.caps[2:]).unsqueeze(1) for x in teachers]
-        mean = ensemble.combined(each, weights, self.kind, o.teacher_temperature, weights.dtype, level=False)
+        mean = ensemble.combined(each, weights, kind, o.teacher_temperature, weights.dtype, level=False)
         return mean.squeeze(1)
 
     def _visited(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """soft, hard and stats of the slice; and of a sparse teacher the student's logits at the ids, [N, k]."""
-        rows = self.student, self.teacher, self.targets, self.kind, self._first_options()
+        rows = self.rows._replace(options=self._first_options())
         if self._sparse:
-            soft, hard, stats, at_ids = capped.in_pieces(sparse.rows_visited, *rows)
+            soft, hard, stats, at_ids = capped.in_pieces(sparse.rows_visited, rows)
             _say_nothing(stats, STUDENT_MAX, (HARD_SUM,), self._first_of_student())
             return soft, hard, stats, at_ids
-        soft, hard, stats = capped.rows_forward(*rows)
+        soft, hard, stats = capped.rows_forward(rows)
         _say_nothing(stats, STUDENT_MAX, (STUDENT_SUM, HARD_SUM), self._first_of_student())
-        if self.options.soft:
+        if rows.options.soft:
             _say_nothing(stats, TEACHER_MAX, (TEACHER_SUM,), self._first_of_teacher())
         return soft, hard, stats, stats[:, :0]
 
     def _sent(self, soft: Tensor, hard: Tensor, stats: Tensor) -> dict[int | str, Tensor]:
         """What `Found` needs of this slice, beside the logits at ids."""
-        o = self.options
+        o = self.rows.options
         sent: dict[int | str, Tensor] = {}
         if o.soft and self._sparse:
             sent |= {i: stats[:, i] for i in _OF_REST}
@@ -255,33 +233,28 @@ class Slice(NamedTuple):
         if o.hard:
             sent |= {"hard": hard} | {i: stats[:, i] for i in _OF_HARD}
             if o.label_smoothing > 0:
-                logit = _logits_at(self.student, self.targets.clamp(min=0), o.caps[:2]).to(stats.dtype)
+                logit = _logits_at(self.rows.student, self.rows.targets.clamp(min=0), o.caps[:2]).to(stats.dtype)
                 nll = pytorch.label_loss(stats[:, MISS] * stats[:, HARD_SUM], stats[:, STUDENT_MAX] - logit)
                 sent |= {"hard": nll, "logit": logit, "above mean": hard}
         return sent
 
     def _of_classes(self, at_ids: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """The term of a sparse teacher, and its gradient in the logarithms of the classes' masses."""
-        columns = self.ranks.columns
-        log_p = sparse.teachers_classes(self.whole_teacher, self.targets, self.kind, columns)
-        return sparse.concluded(log_p, at_ids, rest, self.targets, columns, self.kind, self.options)
+        log_p = sparse.teachers_classes(self.whole, self.ranks.columns)
+        return sparse.concluded(log_p, at_ids, rest, self.whole, self.ranks.columns)
 
     def _term_sums(self, stats: Tensor) -> Tensor:
         """The second visit, [N, 4]."""
 
-        def terms(
-            student: Tensor, teacher: Sequence[Tensor], targets: Tensor, kind: str, options: RowOptions, stats: Tensor
-        ) -> tuple[Tensor]:
-            visit: Callable[..., Tensor] = getattr(PREFERENCE[options.backend], "rows_terms")  # noqa: B009
-            if kind == LOGITS:
-                return (visit(LogitRows(student, teacher[0], targets, options), stats).to(stats.dtype),)
-            rows = ensemble.combined_rows(student, teacher, targets, kind, options)
-            found = [visit(piece, stats[span]) for _, piece, _, span in rows]
+        def terms(rows: TaughtRows, stats: Tensor) -> tuple[Tensor]:
+            visit: Callable[..., Tensor] = getattr(PREFERENCE[rows.options.backend], "rows_terms")  # noqa: B009
+            if rows.teacher.kind == LOGITS:
+                return (visit(rows.of_logits(), stats).to(stats.dtype),)
+            found = [visit(piece, stats[span]) for _, piece, _, span in ensemble.combined_rows(rows)]
             return (torch.cat(found).to(stats.dtype),)
 
-        options = self.options._replace(backend=self._second_visitor())
-        rows = self.student, self.teacher, self.targets, self.kind, options
-        return capped.in_pieces(terms, *rows, stats)[0]
+        rows = self.rows._replace(options=self.rows.options._replace(backend=self._second_visitor()))
+        return capped.in_pieces(terms, rows, stats)[0]
 
 
 def _logits_at(logits: Tensor, columns: Tensor, caps: tuple[float, ...]) -> Tensor:
