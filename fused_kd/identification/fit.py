@@ -26,11 +26,13 @@ from fused_kd.divergences import (
     SymmetricKL,
     TotalVariation,
 )
+from fused_kd.identification.minimum import minimised
 from fused_kd.reference import divergence_terms, mean_squared_difference
 
 EXACT = 1e-9  # what is left of a gradient, in units of it, when the answer is right
 
 _COLDEST, _HOTTEST = 0.35, 30.0  # of the grid
+_SHARES_OF_HARD = (1.0, 0.5, 0.2)  # of the student's temperature in the soft term, where that of the hard one is free
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ def fit(rows: Rows, has_soft: bool) -> tuple[Fit | None, list[str]]:
     if not has_soft:
         return _fit_hard(rows), []
     found = _fit_mse(rows)
-    for tied in (False, True) if rows.labels is not None else (False,):
+    for hard_is_free in (False, True) if rows.labels is not None else (False,):
         for shape in SHAPES:
-            found = found or _fit_shape(rows, shape, tied)
+            found = found or _fit_shape(rows, shape, hard_is_free)
     return found, [shape.name for shape in SHAPES] + [MSE]
 
 
@@ -180,58 +182,63 @@ def _solve(columns: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     return (weights[..., 0] / scale[:, 0]) * gradient.norm(), left[..., 0]
 
 
-def _columns(rows: Rows, shape: Shape, temperatures: Tensor, hard: Tensor, parameters: Sequence[float]) -> Tensor:
-    parts = [_soft_gradient(rows, temperatures, part) for part in shape.parts(*parameters)]
+def _columns(rows: Rows, shape: Shape, temperatures: Tensor, parameters: Sequence[float]) -> Tensor:
+    """For temperatures [K, 3] of the student, the teacher and the hard term."""
+    parts = [_soft_gradient(rows, temperatures[:, :2], part) for part in shape.parts(*parameters)]
     if rows.labels is not None:
-        parts += _hard_columns(rows, hard)
+        parts += _hard_columns(rows, temperatures[:, 2])
     return torch.stack([x.flatten(1) for x in parts], -1)
 
 
-def _fit_shape(rows: Rows, shape: Shape, tied: bool) -> Fit | None:
-    """`tied`: the hard term is at the student's temperature, not at 1."""
+def _fit_shape(rows: Rows, shape: Shape, hard_is_free: bool) -> Fit | None:
+    """`hard_is_free`: the temperature of the hard term is looked for too; it is 1 otherwise."""
     ends = math.log(_COLDEST), math.log(_HOTTEST)
     grid = torch.linspace(*ends, shape.temperatures, dtype=torch.float64)
     same = torch.linspace(*ends, 10 * shape.temperatures, dtype=torch.float64)
     pairs = torch.cat([torch.cartesian_prod(grid, grid), torch.stack([same, same], -1)]).exp()
+    if hard_is_free:
+        triples = torch.cat([torch.cat([pairs, share * pairs[:, :1]], -1) for share in _SHARES_OF_HARD])
+    else:
+        triples = torch.cat([pairs, torch.ones_like(pairs[:, :1])], -1)
+    free = 2 + hard_is_free  # temperatures that are looked for
 
     def solved(temperatures: Tensor, parameters: Sequence[float]) -> tuple[Tensor, Tensor]:
-        of_hard = temperatures[:, 0] if tied else torch.ones_like(temperatures[:, 0])
-        return _solve(_columns(rows, shape, temperatures, of_hard, parameters), rows.gradient)
+        return _solve(_columns(rows, shape, temperatures, parameters), rows.gradient)
 
     def solved_at(numbers: Sequence[float]) -> tuple[Tensor, Tensor]:
-        weights, left = solved(torch.tensor([numbers[:2]], dtype=torch.float64), numbers[2:])
+        weights, left = solved(torch.tensor([numbers[:3]], dtype=torch.float64), numbers[3:])
         return weights[0], left[0]
 
     def numbers_of(unbounded: Sequence[float]) -> list[float]:
-        return [*map(math.exp, unbounded[:2]), *shape.parameters(unbounded[2:])]
+        of_hard = [] if hard_is_free else [1.0]
+        return [*map(math.exp, unbounded[:free]), *of_hard, *shape.parameters(unbounded[free:])]
 
     starts = []
     for parameters in shape.starts:
-        left = solved(pairs, parameters)[1].norm(dim=-1)
+        left = solved(triples, parameters)[1].norm(dim=-1)
         for k in left.argsort()[:6].tolist():
-            starts.append((float(left[k]), [*pairs[k].log().tolist(), *shape.within(parameters)]))
+            starts.append((float(left[k]), [*triples[k, :free].log().tolist(), *shape.within(parameters)]))
     for _, start in sorted(starts)[:6]:
         numbers = numbers_of(minimised(lambda x: solved_at(numbers_of(x))[1], start))
         weights, left = solved_at(numbers)
         if left.norm() < EXACT:
             # At a high temperature some of them hardly matter. So short ones are tried in their place.
-            short = [nice(x, 1e-6) for x in numbers]
-            short[1] = short[0] if abs(short[1] / short[0] - 1) < 1e-6 else short[1]
+            student, *others = (nice(x, 1e-6) for x in numbers)
+            short = [student, *(student if abs(x / student - 1) < 1e-6 else x for x in others[:2]), *others[2:]]
             again, left = solved_at(short)
             if left.norm() < 1e-11:
                 numbers, weights = short, again
-            return _read(rows, shape, numbers, weights.tolist(), tied)
+            return _read(rows, shape, numbers, weights.tolist())
     return None
 
 
-def _read(rows: Rows, shape: Shape, numbers: Sequence[float], weights: list[float], tied: bool) -> Fit:
-    temperature, teacher_temperature, *parameters = map(nice, numbers)
+def _read(rows: Rows, shape: Shape, numbers: Sequence[float], weights: list[float]) -> Fit:
+    temperature, teacher_temperature, hard_temperature, *parameters = map(nice, numbers)
     count = len(shape.parts(*parameters))
     divergence, soft = shape.whole(parameters, weights[:count])
     why_not = "" if divergence is not None else f"{shape.name}, but in proportions that none of them has"
-    hard, hard_temperature, smoothing = 0.0, 1.0, 0.0
+    hard, smoothing = 0.0, 0.0
     if rows.labels is not None:
-        hard_temperature = temperature if tied else 1.0
         hard, smoothing, problem = _read_hard(weights[count:], hard_temperature, rows.student.shape[-1])
         why_not = why_not or problem
     return Fit(temperature, teacher_temperature, divergence, soft, hard, hard_temperature, smoothing, why_not)
@@ -279,30 +286,3 @@ def _fit_hard(rows: Rows) -> Fit | None:
             hard, smoothing, problem = _read_hard(weights.tolist(), temperature, rows.student.shape[-1])
             return Fit(1.0, 1.0, None, 0.0, hard, temperature, smoothing, problem)
     return None
-
-
-def minimised(residual: Callable[[Sequence[float]], Tensor], start: Sequence[float], steps: int = 40) -> list[float]:
-    """Levenberg and Marquardt, with derivatives from differences."""
-    x = torch.tensor(start, dtype=torch.float64)
-    value, damping = residual(x.tolist()), 1e-3
-    for _ in range(steps):
-        if value.norm() < 1e-13:
-            break
-        step = 1e-6
-        moved = [residual((x + step * torch.eye(len(x), dtype=torch.float64)[i]).tolist()) for i in range(len(x))]
-        jacobian = torch.stack([(m - value) / step for m in moved], -1)
-        normal, slope = jacobian.T @ jacobian, jacobian.T @ value
-        for _ in range(6):
-            move = torch.linalg.lstsq(normal + damping * torch.diag(normal.diagonal() + 1e-12), -slope).solution
-            after = (x + move.clamp(-1, 1)).clamp(-6, 6)
-            there = residual(after.tolist())
-            if there.norm() < value.norm():
-                better = 1 - float(there.norm() / value.norm())
-                x, value, damping = after, there, damping / 10
-                break
-            damping *= 10
-        else:
-            break
-        if better < 0.01 and value.norm() > 1e-6:  # it has come to rest, and not at 0
-            break
-    return x.tolist()

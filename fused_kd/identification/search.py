@@ -11,8 +11,10 @@ from torch import Tensor
 from fused_kd.divergences import CrossEntropy, ForwardKL, LogitMSE, TotalVariation
 from fused_kd.identification import report as say
 from fused_kd.identification.answer import Answer, weight_options
-from fused_kd.identification.fit import Fit, Rows, fit, minimised, nice, weights_of
+from fused_kd.identification.caps import over_uncapped, student_rate, teacher_rate, uncapped
+from fused_kd.identification.fit import Fit, Rows, fit, nice, weights_of
 from fused_kd.identification.labels import LabelUse, label_use
+from fused_kd.identification.minimum import minimised
 from fused_kd.identification.probe import Data, Loss, ProbeError, Reading, random_data
 from fused_kd.identification.proof import EQUAL, PADDING, VOCABULARY, difference, fresh, prove
 from fused_kd.identification.report import Report
@@ -30,10 +32,11 @@ class Search:
 
     def __init__(self, loss: Loss, layout: str, positions: tuple[int, ...]) -> None:
         self.loss, self.layout, self.positions = loss, layout, positions
-        self.found = Report(layouts=[layout])
+        self.found = Report(layouts=[layout], arguments={x.name: x.role for x in loss.parameters})
         self.view, self.padding = "", PADDING[0]
         self.use = LabelUse.none(VOCABULARY)
         self.shift = self.has_soft = False
+        self.rates = (0.0, 0.0)  # the softcaps of student and teacher, as caps.py has them
 
     def worth(self) -> tuple[bool, bool]:
         return self.found.proved, self.found.answer is not None
@@ -44,6 +47,7 @@ class Search:
             self._find_labels()
             self._find_shift()
             self._find_teacher()
+            self._find_caps()
             fitted = self._compare_values(self._fit())
             self._choose_and_prove(self._reduction(fitted))
         except _Unlike as unlike:
@@ -54,6 +58,8 @@ class Search:
             self.found.ruled_out.append(f"its numbers are out of range: {error}")
         if self.loss.rounds:
             self.found.notes.append(say.ROUNDS)
+        if self.loss.overwritten:
+            self.found.habits.append(say.OVERWRITES.format(names=" and ".join(sorted(self.loss.overwritten))))
         return self.found
 
     def _data(self, *, seed: int, batch: int = 0, length: int = 0, vocabulary: int = 0) -> Data:
@@ -61,7 +67,8 @@ class Search:
         positions = list(self.positions)
         positions[0] += batch
         positions[-1] += length
-        return random_data(*positions, VOCABULARY + vocabulary, seed=seed, classes=self.use.ordinary)
+        scale = 2 / max(1, *(2 * rate for rate in self.rates))  # beyond a softcap everything is flat
+        return random_data(*positions, VOCABULARY + vocabulary, seed=seed, scale=scale, classes=self.use.ordinary)
 
     def _rows(self, data: Data, reading: Reading) -> Rows:
         student, teacher, labels, gradient = data.student, data.teacher, data.labels, reading.gradient
@@ -69,6 +76,8 @@ class Search:
             student, teacher, gradient = (x[..., :-1, :] for x in (student, teacher, gradient))
             labels = labels[..., 1:]
         student, teacher, gradient = (x.flatten(0, -2) for x in (student, teacher, gradient))
+        gradient = over_uncapped(gradient, student, self.rates[0])
+        student, teacher = uncapped(student, self.rates[0]), uncapped(teacher, self.rates[1])
         return Rows(student, teacher, labels.flatten() if self.use.hard else None, gradient)
 
     def _check_positions(self) -> None:
@@ -77,8 +86,10 @@ class Search:
         reading = self.loss(data)
         if not (reading.value.isfinite().all() and reading.gradient.isfinite().all()):
             raise _Unlike("it is NaN or infinite on ordinary logits")
-        if not torch.equal(self.loss(data).gradient, reading.gradient):
-            raise _Unlike("the same input has another gradient the next time")
+        again = self.loss(data)
+        for what, x, y in (("gradient", again.gradient, reading.gradient), ("value", again.value, reading.value)):
+            if not torch.equal(x, y):
+                raise _Unlike(f"the same input has another {what} the next time")
         twice = self.loss(data, torch.full_like(reading.value, 2.0)).gradient
         if (twice - 2 * reading.gradient).norm() > EQUAL * reading.gradient.norm():
             raise _Unlike("its backward ignores what it is multiplied by: half of it trains as much as all of it")
@@ -122,11 +133,27 @@ class Search:
         if first.teacher_gradient is not None and first.teacher_gradient.abs().max() > 0:
             self.found.habits.append(say.TEACHER_GRADIENT)
 
+    def _find_caps(self) -> None:
+        data = self._data(seed=9)
+        data = data.but(student=data.student / 2, teacher=data.teacher.abs() / 2 + 0.5)  # where no cap is flat
+        first = self.loss(data)
+        rows = self._rows(data, first)
+        of_student = student_rate(rows.student, rows.gradient)
+
+        def seen(teacher: Tensor) -> Tensor:
+            reading = self.loss(data.but(teacher=teacher))
+            pairs = ((reading.value, first.value), (reading.gradient, first.gradient))
+            return torch.cat([x.flatten() / (float(of_first.norm()) or 1) for x, of_first in pairs])
+
+        of_teacher = teacher_rate(seen, data.teacher) if self.has_soft else 0.0
+        if of_student is not None and of_teacher is not None:
+            self.rates = of_student, of_teacher
+
     def _fit(self) -> Fit:
         data = self._data(seed=5)
         fitted, ruled_out = fit(self._rows(data, self.loss(data)), self.has_soft)
         if fitted is None:
-            self.found.ruled_out += [f"{name}: at no temperature and with no weights" for name in ruled_out]
+            self.found.ruled_out += [f"{name}: at no temperature and with no weights, with softcaps or without" for name in ruled_out]
             raise _Unlike("its gradient is that of no divergence here plus a cross entropy")
         if fitted.why_not:
             raise _Unlike(fitted.why_not)
@@ -220,17 +247,25 @@ class Search:
         if fitted.label_smoothing:
             options["label_smoothing"] = fitted.label_smoothing
         if own != 1:
-            options["student_logit_scale"] = 1 / own
+            options["student_logit_scale"] = nice(1 / own)
             habits.append(say.HARD_TEMPERATURE.format(temperature=own))
         if fitted.divergence is not None:
             options["divergence"] = fitted.divergence
-            if temperature != teacher_temperature:
-                options["teacher_temperature"] = teacher_temperature
+            if temperature == teacher_temperature:
+                if own != 1:
+                    options["teacher_logit_scale"] = nice(1 / own)
+            else:
+                if teacher_temperature != options["temperature"]:
+                    options["teacher_temperature"] = teacher_temperature
                 one_side = 1 in (temperature, teacher_temperature) and not isinstance(fitted.divergence, LogitMSE)
                 text = say.ONE_SIDE if one_side else say.TWO_TEMPERATURES
                 habits.append(text.format(student=temperature, teacher=teacher_temperature))
-            elif own != 1:
-                options["teacher_logit_scale"] = 1 / own
+        for side, rate in zip(("student", "teacher"), self.rates, strict=True):
+            if rate:
+                options[f"{side}_softcap"] = nice(options.get(f"{side}_logit_scale", 1.0) / rate)
+        softcaps = options.get("student_softcap"), options.get("teacher_softcap")
+        if self.has_soft and softcaps[0] != softcaps[1]:
+            habits.append(say.TWO_SOFTCAPS.format(student=softcaps[0], teacher=softcaps[1]))
         options |= weight_options(soft, hard, options["temperature"], bool(per_length or per_vocabulary))
         if soft and options["temperature"] != 1 and not options.get("t2_scaling", True):
             habits.append(say.NO_SQUARE)
@@ -258,8 +293,11 @@ class Search:
                 small = fresh(self.positions, self.use, way, padding, seeds=(40, 41, 44))
                 if difference(self.loss, way, small) <= EQUAL:
                     found.answer, self.padding = way, padding
-                    found.worst = prove(self.loss, way, self.positions, self.use, padding)
-                    if found.worst > EQUAL:
+                    proof = prove(self.loss, way, self.positions, self.use, padding)
+                    found.worst = proof.worst
+                    if not proof.finite:
+                        found.habits.append(say.NOT_FINITE)
+                    if not found.worst <= EQUAL:
                         found.ruled_out.append("on fresh inputs it is something else")
                     found.proved = not found.ruled_out
                     self._describe(way)
