@@ -10,7 +10,7 @@ that r, tanh(r x) / r are the logits of a loss without softcaps.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,12 +19,16 @@ from fused_kd.identification.minimum import minimised
 
 _HOLDS = 1e-11  # what the sides of an equation may differ by, in units of its terms
 _RATES = [2.0**k for k in range(-11, 3)]  # softcaps of 2048 to 1/4, where the scale is 1
-_MIDDLE = 0.05  # of the search
 
 
 def uncapped(logits: Tensor, rate: float) -> Tensor:
     """The logits that a loss without softcaps would have; `rate` 0: they have none."""
     return torch.tanh(rate * logits) / rate if rate else logits
+
+
+def recapped(z: Tensor, rate: float) -> Tensor:
+    """The logits that these are of."""
+    return torch.atanh(rate * z) / rate if rate else z
 
 
 def over_uncapped(gradient: Tensor, logits: Tensor, rate: float) -> Tensor:
@@ -49,8 +53,7 @@ def teacher_rate(seen: Callable[[Tensor], Tensor], teacher: Tensor) -> float | N
     def left(rate: float) -> Tensor:
         z = uncapped(teacher, rate)
         moved = z - z.amin(-1, keepdim=True)
-        moved = torch.atanh(rate * moved) / rate if rate else moved
-        return (seen(moved) - before) / before.norm()
+        return (seen(recapped(moved, rate)) - before) / before.norm()
 
     return _rate(left)
 
@@ -62,11 +65,8 @@ def _rate(left: Callable[[float], Tensor]) -> float | None:
     if holds(0.0):
         return 0.0
 
-    def rate_of(numbers: Sequence[float]) -> float:
-        return _MIDDLE * math.exp(numbers[0])
-
     for start in sorted(_RATES, key=lambda rate: float(left(rate).norm()))[:3]:
-        rate = rate_of(minimised(lambda numbers: left(rate_of(numbers)), [math.log(start / _MIDDLE)]))
+        rate = math.exp(minimised(lambda numbers: left(math.exp(numbers[0])), [math.log(start)], limit=9)[0])
         if holds(rate):
             return rate
     return None

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def minimised(residual: Callable[[Sequence[float]], Tensor], start: Sequence[float], steps: int = 40) -> list[float]:
-    """Levenberg and Marquardt, with derivatives from differences."""
+def minimised(
+    residual: Callable[[Sequence[float]], Tensor], start: Sequence[float], *, steps: int = 40, limit: float = 7.0
+) -> list[float]:
+    """Levenberg and Marquardt, with derivatives from differences; no number is beyond `limit`."""
     x = torch.tensor(start, dtype=torch.float64)
     value, damping = residual(x.tolist()), 1e-3
     for _ in range(steps):
@@ -19,7 +21,7 @@ def minimised(residual: Callable[[Sequence[float]], Tensor], start: Sequence[flo
         normal, slope = jacobian.T @ jacobian, jacobian.T @ value
         for _ in range(6):
             move = torch.linalg.lstsq(normal + damping * torch.diag(normal.diagonal() + 1e-12), -slope).solution
-            after = (x + move.clamp(-1, 1)).clamp(-6, 6)
+            after = (x + move.clamp(-1, 1)).clamp(-limit, limit)
             there = residual(after.tolist())
             if there.norm() < value.norm():
                 better = 1 - float(there.norm() / value.norm())

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fused_kd.divergences import CrossEntropy, ForwardKL, LogitMSE, TotalVariation
 from fused_kd.identification import report as say
+from fused_kd.identification.agreement import agreement
 from fused_kd.identification.answer import Answer, weight_options
-from fused_kd.identification.caps import over_uncapped, student_rate, teacher_rate, uncapped
-from fused_kd.identification.fit import Fit, Rows, fit, nice, weights_of
+from fused_kd.identification.caps import over_uncapped, recapped, student_rate, teacher_rate, uncapped
+from fused_kd.identification.fit import Fit, fit, fit_hard, fit_variation, weights_of
+from fused_kd.identification.hard import Rows, nice
 from fused_kd.identification.labels import LabelUse, label_use
 from fused_kd.identification.minimum import minimised
 from fused_kd.identification.probe import Data, Loss, ProbeError, Reading, random_data
@@ -62,12 +64,12 @@ class Search:
             self.found.habits.append(say.OVERWRITES.format(names=" and ".join(sorted(self.loss.overwritten))))
         return self.found
 
-    def _data(self, *, seed: int, batch: int = 0, length: int = 0, vocabulary: int = 0) -> Data:
+    def _data(self, *, seed: int, batch: int = 0, length: int = 0, vocabulary: int = 0, scale: float = 1.0) -> Data:
         """Labels that have a term; so many more of each dimension than the smallest."""
         positions = list(self.positions)
         positions[0] += batch
         positions[-1] += length
-        scale = 2 / max(1, *(2 * rate for rate in self.rates))  # beyond a softcap everything is flat
+        scale = 2 / max(1 / scale, *(2 * rate for rate in self.rates))  # beyond a softcap everything is flat
         return random_data(*positions, VOCABULARY + vocabulary, seed=seed, scale=scale, classes=self.use.ordinary)
 
     def _rows(self, data: Data, reading: Reading) -> Rows:
@@ -149,11 +151,39 @@ class Search:
         if of_student is not None and of_teacher is not None:
             self.rates = of_student, of_teacher
 
+    def _agreeing(self, ratio: float) -> tuple[Rows, Tensor]:
+        """As `agreement` takes them."""
+        data = self._data(seed=10)
+        of_student, of_teacher = self.rates
+        z = uncapped(data.student, of_student)
+        z = z * min(
+            1.0, 0.9 / (of_teacher * ratio * float(z.abs().max()) + 1e-9)
+        )  # the teacher's are under its softcap
+        data = data.but(student=recapped(z, of_student), teacher=recapped(ratio * z, of_teacher))
+        without = data.but(teacher=torch.zeros_like(z))
+        return self._rows(data, self.loss(data)), self._rows(without, self.loss(without)).gradient
+
     def _fit(self) -> Fit:
         data = self._data(seed=5)
-        fitted, ruled_out = fit(self._rows(data, self.loss(data)), self.has_soft)
+        reading = self.loss(data)
+        rows, ruled_out = self._rows(data, reading), []
+        if not self.has_soft:
+            fitted = fit_hard(rows)
+        elif torch.equal(self.loss(data.but(teacher=data.teacher * (1 + 1e-9))).gradient, reading.gradient):
+            fitted = fit_variation(rows)
+        else:
+            agreed = agreement(self._agreeing)
+            if agreed is None:
+                raise _Unlike(
+                    "its gradient is that of no divergence here plus a cross entropy: at no temperatures is it that of "
+                    "the latter alone where student and teacher are the same, with softcaps or without"
+                )
+            fitted, ruled_out = fit(rows, agreed)
+            if fitted is None:  # it may be hot
+                wide = self._data(seed=5, scale=16.0)
+                fitted, ruled_out = fit(self._rows(wide, self.loss(wide)), agreed)
         if fitted is None:
-            self.found.ruled_out += [f"{name}: at no temperature and with no weights, with softcaps or without" for name in ruled_out]
+            self.found.ruled_out += [f"{name}: at no temperature and with no weights" for name in ruled_out]
             raise _Unlike("its gradient is that of no divergence here plus a cross entropy")
         if fitted.why_not:
             raise _Unlike(fitted.why_not)
