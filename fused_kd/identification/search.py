@@ -137,39 +137,48 @@ class Search:
 
     def _find_caps(self) -> None:
         data = self._data(seed=9)
-        data = data.but(student=data.student / 2, teacher=data.teacher.abs() / 2 + 0.5)  # where no cap is flat
-        first = self.loss(data)
-        rows = self._rows(data, first)
-        of_student = student_rate(rows.student, rows.gradient)
 
         def seen(teacher: Tensor) -> Tensor:
             reading = self.loss(data.but(teacher=teacher))
             pairs = ((reading.value, first.value), (reading.gradient, first.gradient))
             return torch.cat([x.flatten() / (float(of_first.norm()) or 1) for x, of_first in pairs])
 
-        of_teacher = teacher_rate(seen, data.teacher) if self.has_soft else 0.0
-        if of_student is not None and of_teacher is not None:
-            self.rates = of_student, of_teacher
+        found = 0.0, 0.0
+        sizes = [0.5, 0.5]  # of the logits: where no cap is flat, then where it is seen best
+        for _ in range(2):
+            data = self._data(seed=9)
+            teacher = sizes[1] * (data.teacher.abs() + 1)
+            data = data.but(student=sizes[0] * data.student, teacher=teacher)
+            first = self.loss(data)
+            rows = self._rows(data, first)
+            of_student = student_rate(rows.student, rows.gradient)
+            of_teacher = teacher_rate(seen, teacher) if self.has_soft else 0.0
+            if of_student is None or of_teacher is None:
+                break
+            found = of_student, of_teacher
+            if not any(found):
+                break
+            sizes = [0.3 / rate if rate else 0.5 for rate in found]
+        self.rates = found
 
-    def _agreeing(self, ratio: float) -> tuple[Rows, Tensor]:
+    def _agreeing(self, ratio: float) -> tuple[Rows, float]:
         """As `agreement` takes them."""
         data = self._data(seed=10)
         of_student, of_teacher = self.rates
         z = uncapped(data.student, of_student)
-        z = z * min(
-            1.0, 0.9 / (of_teacher * ratio * float(z.abs().max()) + 1e-9)
-        )  # the teacher's are under its softcap
-        data = data.but(student=recapped(z, of_student), teacher=recapped(ratio * z, of_teacher))
-        without = data.but(teacher=torch.zeros_like(z))
-        return self._rows(data, self.loss(data)), self._rows(without, self.loss(without)).gradient
+        # The teacher's are under its softcap.
+        scale = min(1.0, 0.9 / (of_teacher * ratio * float(z.abs().max()) + 1e-9))
+        data = data.but(student=recapped(scale * z, of_student), teacher=recapped(ratio * scale * z, of_teacher))
+        return self._rows(data, self.loss(data)), scale
 
     def _fit(self) -> Fit:
         data = self._data(seed=5)
         reading = self.loss(data)
-        rows, ruled_out = self._rows(data, reading), []
+        rows = self._rows(data, reading)
+        ruled_out: list[str] = []
         if not self.has_soft:
             fitted = fit_hard(rows)
-        elif torch.equal(self.loss(data.but(teacher=data.teacher * (1 + 1e-9))).gradient, reading.gradient):
+        elif self._is_flat(data, reading):
             fitted = fit_variation(rows)
         else:
             agreed = agreement(self._agreeing)
@@ -188,6 +197,11 @@ class Search:
         if fitted.why_not:
             raise _Unlike(fitted.why_not)
         return fitted
+
+    def _is_flat(self, data: Data, reading: Reading) -> bool:
+        """The total variation's gradient does not change with a teacher that hardly does."""
+        after = self.loss(data.but(teacher=data.teacher * (1 + 1e-6))).gradient
+        return bool((after - reading.gradient).norm() < 1e-13 * reading.gradient.norm())
 
     def _compare_values(self, fitted: Fit) -> Fit:
         """Which of two divergences with the same gradient it is; and whether the value belongs to the gradient."""
