@@ -25,23 +25,20 @@ class Agreement(NamedTuple):
     hard_temperature: float
 
 
-def agreement(at: Callable[[float], tuple[Rows, float]]) -> Agreement | None:
-    """Of a loss of which `at(r)` gives rows with teacher logits that are r times the student's, and how large these are
-    in units of what they are at small r."""
+def agreement(at: Callable[[float], tuple[Rows, Tensor]]) -> Agreement | None:
+    """Of a loss of which `at(r)` gives rows with teacher logits that are r times the student's, and the gradient over
+    them where the teacher's are 0."""
     seen = lru_cache(at)
-    without = seen(math.exp(_RATIOS[0]))[0].gradient  # the teacher's are next to 0
-    size = max(float((seen(math.exp(x))[0].gradient - without).norm() / seen(math.exp(x))[1]) for x in _RATIOS[1:])
-    if not size:
-        return None
 
     def left(ratio: float, of_hard: Tensor) -> Tensor:
-        """What is no hard term's, for hard terms at these temperatures: [K, R V], or [1, R V] without one."""
-        rows, scale = seen(ratio)
+        """What is no hard term's, for hard terms at these temperatures, in units of what the teacher does: [K, R V], or
+        [1, R V] without a hard term."""
+        rows, without = seen(ratio)
         gradient = rows.gradient.flatten()[None]
         if rows.labels is not None:
             columns = torch.stack([x.flatten(1) for x in hard_columns(rows, of_hard)], -1)
             gradient = solve(columns, rows.gradient)[1] * rows.gradient.norm()
-        return gradient / (scale * size)
+        return gradient / float((rows.gradient - without).norm().clamp(min=1e-300))
 
     def with_hard_at_1(numbers: Sequence[float]) -> Tensor:
         return left(math.exp(numbers[0]), torch.ones(1, dtype=torch.float64))[0]
@@ -49,15 +46,20 @@ def agreement(at: Callable[[float], tuple[Rows, float]]) -> Agreement | None:
     def with_any(numbers: Sequence[float]) -> Tensor:
         return left(math.exp(numbers[0]), torch.tensor(numbers[1:], dtype=torch.float64).exp())[0]
 
-    starts = sorted((float(with_hard_at_1([x]).norm()), [x]) for x in _RATIOS)[:3]
-    tries = [(with_hard_at_1, start) for _, start in starts]
+    def with_best(x: float) -> list[float]:
+        start = _HARD[int(left(math.exp(x), hard).norm(dim=-1).argmin())]
+        return [x, *minimised(lambda numbers: with_any([x, *numbers]), [start], steps=10, limit=9)]
+
+    hard = torch.tensor(_HARD, dtype=torch.float64).exp()
+    stages = [(with_hard_at_1, lambda x: [x])]
     if seen(1.0)[0].labels is not None:
-        hard = torch.tensor(_HARD, dtype=torch.float64).exp()
-        grid = [(x, left(math.exp(x), hard).norm(dim=-1)) for x in _RATIOS]
-        starts = sorted((float(of_x.min()), [x, _HARD[int(of_x.argmin())]]) for x, of_x in grid)[:5]
-        tries += [(with_any, start) for _, start in starts]
-    for residual, start in tries:
-        ratio, *of_hard = minimised(residual, start, limit=9)
-        if residual([ratio, *of_hard]).norm() < EXACT:
-            return Agreement(math.exp(ratio), math.exp(*of_hard) if of_hard else 1.0)
+        stages.append((with_any, with_best))
+    for residual, start_at in stages:
+        starts = [(float(residual(numbers).norm()), numbers) for numbers in map(start_at, _RATIOS)]
+        # (A divergence that grows with the teacher's logits makes it small at large ratios too: so all minima.)
+        minima = [b for a, b, c in zip(starts, starts[1:], starts[2:], strict=False) if b[0] <= min(a[0], c[0])]
+        for _, start in sorted(minima)[:4]:
+            ratio, *of_hard = minimised(residual, start, limit=9)
+            if residual([ratio, *of_hard]).norm() < EXACT:
+                return Agreement(math.exp(ratio), math.exp(*of_hard) if of_hard else 1.0)
     return None

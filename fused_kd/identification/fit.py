@@ -108,7 +108,7 @@ def fit(rows: Rows, agreement: Agreement) -> tuple[Fit | None, list[str]]:
 
 def fit_variation(rows: Rows) -> Fit | None:
     """The total variation: it has no agreement, for its gradient jumps there."""
-    grid = torch.linspace(math.log(0.35), math.log(30), 40, dtype=torch.float64)
+    grid = torch.linspace(math.log(0.3), math.log(150), 50, dtype=torch.float64)
     pairs = torch.cat([torch.cartesian_prod(grid, grid), grid.repeat_interleave(10)[:, None].expand(-1, 2)])
     triples = torch.cat([torch.cat([pairs, pairs[:, :1] + math.log(share)], -1) for share in (1.0, 0.5, 0.2)])
 

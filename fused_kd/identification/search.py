@@ -161,7 +161,7 @@ class Search:
             sizes = [0.3 / rate if rate else 0.5 for rate in found]
         self.rates = found
 
-    def _agreeing(self, ratio: float) -> tuple[Rows, float]:
+    def _agreeing(self, ratio: float) -> tuple[Rows, Tensor]:
         """As `agreement` takes them."""
         data = self._data(seed=10)
         of_student, of_teacher = self.rates
@@ -169,7 +169,8 @@ class Search:
         # The teacher's are under its softcap.
         scale = min(1.0, 0.9 / (of_teacher * ratio * float(z.abs().max()) + 1e-9))
         data = data.but(student=recapped(scale * z, of_student), teacher=recapped(ratio * scale * z, of_teacher))
-        return self._rows(data, self.loss(data)), scale
+        without = data.but(teacher=torch.zeros_like(z))
+        return self._rows(data, self.loss(data)), self._rows(without, self.loss(without)).gradient
 
     def _fit(self) -> Fit:
         data = self._data(seed=5)
