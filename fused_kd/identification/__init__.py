@@ -26,8 +26,9 @@ def identify(old_loss: Callable[..., Any], *, arguments: Sequence[str] | None = 
 
     Args:
         old_loss: a function, or a module, of a student's and a teacher's logits and, if it takes them, labels and a
-            mask, in any order, some by name alone if they are; it returns the loss, or something with it first or under the name "loss". Whatever else
-            it needs is bound beforehand: `lambda student, teacher, labels: old_loss(student, teacher, labels, config)`.
+            mask, in any order or by name; it returns the loss, or something with it first or under the name "loss".
+            Whatever else it needs is bound beforehand:
+            `lambda student, teacher, labels: old_loss(student, teacher, labels, config)`.
             It is called some hundred times on small random inputs, on the CPU, with logits [B, T, V] and [N, V].
         arguments: what its arguments are, of "student", "teacher", "labels", "mask"; None: by name, and by trying.
 

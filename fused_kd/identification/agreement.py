@@ -1,8 +1,8 @@
 """The ratio of the temperatures, and that of the hard term, from inputs where student and teacher agree.
 
 Where the teacher's logits are r times the student's, r = teacher_temperature / temperature, both distributions are
-the same, and no divergence has a gradient: what is left is the hard term's. At any other r something else is left. So r,
-and the hard term's temperature, are found before the divergence is.
+the same, and no divergence has a gradient: what is left is the hard term's. At any other r something else is left. So
+r, and the hard term's temperature, are found before the divergence is.
 """
 
 import math
@@ -59,7 +59,7 @@ def agreement(at: Callable[[float], tuple[Rows, Tensor]]) -> Agreement | None:
         # (A divergence that grows with the teacher's logits makes it small at large ratios too: so all minima.)
         minima = [b for a, b, c in zip(starts, starts[1:], starts[2:], strict=False) if b[0] <= min(a[0], c[0])]
         for _, start in sorted(minima)[:4]:
-            ratio, *of_hard = minimised(residual, start, limit=9)
+            ratio, *of_hard = minimised(residual, start, steps=80, limit=9, rest=1e-4)
             if residual([ratio, *of_hard]).norm() < EXACT:
                 return Agreement(math.exp(ratio), math.exp(*of_hard) if of_hard else 1.0)
     return None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fused_kd.identification.minimum import minimised
 
-_HOLDS = 1e-11  # what the sides of an equation may differ by, in units of its terms
+_HOLDS = 1e-9  # what the sides of an equation may differ by, in units of its terms
 _RATES = [2.0**k for k in range(-11, 3)]  # softcaps of 2048 to 1/4, where the scale is 1
 
 
@@ -41,7 +41,8 @@ def student_rate(student: Tensor, gradient: Tensor) -> float | None:
 
     def left(rate: float) -> Tensor:
         over = over_uncapped(gradient, student, rate)
-        return over.sum(-1) / over.abs().sum(-1)
+        total: Tensor = over.sum(-1) / over.abs().sum(-1)
+        return total
 
     return _rate(left)
 
@@ -49,11 +50,13 @@ def student_rate(student: Tensor, gradient: Tensor) -> float | None:
 def teacher_rate(seen: Callable[[Tensor], Tensor], teacher: Tensor) -> float | None:
     """r of logits [..., V], all of them positive, of which `seen` is what the loss makes; likewise."""
     before = seen(teacher)
+    size = (seen(teacher.flip(-1)) - before).norm()  # what another teacher does
 
     def left(rate: float) -> Tensor:
         z = uncapped(teacher, rate)
         moved = z - z.amin(-1, keepdim=True)
-        return (seen(recapped(moved, rate)) - before) / before.norm()
+        change: Tensor = seen(recapped(moved, rate)) - before
+        return change / size
 
     return _rate(left)
 

@@ -7,9 +7,15 @@ from torch import Tensor
 
 
 def minimised(
-    residual: Callable[[Sequence[float]], Tensor], start: Sequence[float], *, steps: int = 40, limit: float = 7.0
+    residual: Callable[[Sequence[float]], Tensor],
+    start: Sequence[float],
+    *,
+    steps: int = 40,
+    limit: float = 7.0,
+    rest: float = 0.01,
 ) -> list[float]:
-    """Levenberg and Marquardt, with derivatives from differences; no number is beyond `limit`."""
+    """Levenberg and Marquardt, with derivatives from differences; no number is beyond `limit`, and a step that makes
+    the residual smaller by less than `rest` of it is the last."""
     x = torch.tensor(start, dtype=torch.float64)
     value, damping = residual(x.tolist()), 1e-3
     for _ in range(steps):
@@ -30,6 +36,6 @@ def minimised(
             damping *= 10
         else:
             break
-        if better < 0.01 and value.norm() > 1e-6:  # it has come to rest, and not at 0
+        if better < rest and value.norm() > 1e-6:  # it has come to rest, and not at 0
             break
     return x.tolist()

@@ -68,8 +68,8 @@ class ProbeError(Exception):
     """The loss cannot be called like this; the message says why."""
 
 
-_SHORT = (torch.float32, torch.bfloat16, torch.float16, torch.FloatTensor)
-_CASTS = (torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.half)
+_SHORT = {torch.float32, torch.bfloat16, torch.float16}
+_CASTS = {torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.half}
 
 
 class _InFloat64(TorchFunctionMode):
@@ -86,7 +86,7 @@ class _InFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _wider(self, x: Any) -> Any:
-        if any(x is short for short in _SHORT):
+        if (type(x) is torch.dtype and x in _SHORT) or x is torch.FloatTensor:
             self.asked = True
             return torch.float64
         return x

@@ -96,7 +96,7 @@ class Report:
         return "" if self.answer is None else self.answer.code()
 
     def __str__(self) -> str:
-        title = f"For logits {' and '.join(self.layouts)} this is:" if self.proved else "No FusedKDLoss is this."
+        title = f"For logits {' and '.join(self.layouts)} this is:" if self.proved else "No FusedKDLoss was found that is this."
         if self.answer is not None and not self.proved:
             title += " What comes closest:"
         taken = ", ".join(f"{name} is the {role}" for name, role in self.arguments.items() if name != role)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fused_kd.divergences import CrossEntropy, ForwardKL, LogitMSE, TotalVariation
 from fused_kd.identification import report as say
-from fused_kd.identification.agreement import agreement
+from fused_kd.identification.agreement import Agreement, agreement
 from fused_kd.identification.answer import Answer, weight_options
 from fused_kd.identification.caps import over_uncapped, recapped, student_rate, teacher_rate, uncapped
 from fused_kd.identification.fit import Fit, fit, fit_hard, fit_variation, weights_of
@@ -161,16 +162,26 @@ class Search:
             sizes = [0.3 / rate if rate else 0.5 for rate in found]
         self.rates = found
 
-    def _agreeing(self, ratio: float) -> tuple[Rows, Tensor]:
-        """As `agreement` takes them."""
+    def _agreement(self) -> Agreement | None:
         data = self._data(seed=10)
         of_student, of_teacher = self.rates
         z = uncapped(data.student, of_student)
-        # The teacher's are under its softcap.
-        scale = min(1.0, 0.9 / (of_teacher * ratio * float(z.abs().max()) + 1e-9))
-        data = data.but(student=recapped(scale * z, of_student), teacher=recapped(ratio * scale * z, of_teacher))
-        without = data.but(teacher=torch.zeros_like(z))
-        return self._rows(data, self.loss(data)), self._rows(without, self.loss(without)).gradient
+        largest = float(z.abs().max())
+
+        def rows(scale: float, ratio: float) -> Rows:
+            student, teacher = recapped(scale * z, of_student), recapped(ratio * scale * z, of_teacher)
+            changed = data.but(student=student, teacher=teacher)
+            return self._rows(changed, self.loss(changed))
+
+        @lru_cache
+        def without(scale: float) -> Tensor:
+            return rows(scale, 0.0).gradient
+
+        def at(ratio: float) -> tuple[Rows, Tensor]:
+            scale = min(1.0, 0.9 / (of_teacher * ratio * largest + 1e-9))  # the teacher's are under its softcap
+            return rows(scale, ratio), without(scale)
+
+        return agreement(at)
 
     def _fit(self) -> Fit:
         data = self._data(seed=5)
@@ -182,7 +193,7 @@ class Search:
         elif self._is_flat(data, reading):
             fitted = fit_variation(rows)
         else:
-            agreed = agreement(self._agreeing)
+            agreed = self._agreement()
             if agreed is None:
                 raise _Unlike(
                     "its gradient is that of no divergence here plus a cross entropy: at no temperatures is it that of "
