@@ -271,7 +271,13 @@ KNOWN: dict[str, tuple[Callable[..., Any], dict[str, Any], list[str]]] = {
     ),
     "Gemma 2": (
         lambda s, t, y: 2 * kl(cap(s, 30.0), cap(t, 30.0), 2.0).mean() + 0.5 * ce(cap(s, 30.0), y),
-        {"temperature": 2.0, "alpha": 0.5, "student_softcap": 30.0, "teacher_softcap": 30.0, "student_logit_scale": None},
+        {
+            "temperature": 2.0,
+            "alpha": 0.5,
+            "student_softcap": 30.0,
+            "teacher_softcap": 30.0,
+            "student_logit_scale": None,
+        },
         [],
     ),
     "Gemma 2's logits as a teacher": (
@@ -485,7 +491,7 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "weighted by confidence": (lambda s, t: (F.softmax(t, -1).amax(-1) * kl(s, t, 1.0)).mean(), ""),
     "two soft terms": (lambda s, t: kl(s, t, 1.0).mean() + kl(s, t, 4.0).mean(), "no divergence"),
-    "a squared mean": (lambda s, t: kl(s, t, 1.0).mean() ** 2, ""),
+    "a squared mean": (lambda s, t: kl(s, t, 1.0).mean() ** 2, "it is no sum over positions"),
     "binary": (
         lambda s, t: F.binary_cross_entropy_with_logits(s / 2, torch.sigmoid(t.detach() / 2)),
         "no divergence",
@@ -498,18 +504,20 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s, t, y: kl(cap(s, 30.0), cap(t, 30.0), 2.0).mean() + ce(s, y),
         "with softcaps or without",
     ),
-    "softcap and a clamp": (lambda s, t: kl(cap(s, 30.0).clamp(max=29.0), t, 2.0).mean(), "on fresh inputs"),
+    "softcap and a clamp": (lambda s, t: kl(cap(s, 30.0).clamp(max=29.0), t, 2.0).mean(), "or a clamp"),
     "another softcap": (lambda s, t: kl(30 * (s / 30).atan(), t, 2.0).mean(), "with softcaps or without"),
     "a small epsilon, hot": (
         lambda s, t: -(F.softmax(t / 20, -1) * (F.softmax(s / 20, -1) + 1e-12).log()).sum(),
-        "on fresh inputs",
+        "an epsilon beside a probability",
     ),
     "clamped probabilities": (
         lambda s, t: -(F.softmax(t / 4, -1) * F.softmax(s / 4, -1).clamp(min=1e-30).log()).sum(),
-        "on fresh inputs",
+        "an epsilon beside a probability",
     ),
-    "clamped logits": (lambda s, t: kl(s.clamp(-100, 100), t, 1.0).mean(), "on fresh inputs"),
-    "a clamped loss": (lambda s, t: kl(s, t, 1.0).clamp(max=50).mean(), "on fresh inputs"),
+    "clamped logits": (lambda s, t: kl(s.clamp(-100, 100), t, 1.0).mean(), "or a clamp"),
+    "clamped logits above": (lambda s, t: kl(s, t.clamp(max=100), 1.0).mean(), "or a clamp"),
+    "a root": (lambda s, t: kl(s, t, 1.0).mean().sqrt(), "it is no sum over positions"),
+    "a clamped loss": (lambda s, t: kl(s, t, 1.0).clamp(max=50).mean(), "or a clamp"),
     "noise in the value": (lambda s, t: kl(s, t, 1.0).mean() + 1e-3 * torch.rand(()), "another value the next time"),
     "class weights": (
         lambda s, t, y: kl(s, t, 1.0).mean() + ce(s, y, weight=torch.linspace(0.5, 1.5, s.shape[-1])),
@@ -582,7 +590,7 @@ def check_options(report: Report, options: dict[str, Any]) -> None:
     assert found.shift == options["shift"]
     given = FusedKDLoss(**options).options
     assert found.weight_of_hard() == pytest.approx(given.weight_of_hard(), rel=1e-9, abs=0)
-    rates = ((x.student_logit_scale / (x.student_softcap or torch.inf) for x in (found, given)))
+    rates = (x.student_logit_scale / (x.student_softcap or torch.inf) for x in (found, given))
     assert next(rates) == pytest.approx(next(rates), rel=1e-7, abs=0)
     if given.weight_of_hard() > 0:
         assert found.label_smoothing == given.label_smoothing
@@ -593,7 +601,7 @@ def check_options(report: Report, options: dict[str, Any]) -> None:
     divergence, expected = divergence_of(found.divergence), divergence_of(given.divergence)
     assert type(divergence) is type(expected)
     assert divergence.parameters == pytest.approx(expected.parameters, rel=1e-7)
-    rates = ((x.teacher_logit_scale / (x.teacher_softcap or torch.inf) for x in (found, given)))
+    rates = (x.teacher_logit_scale / (x.teacher_softcap or torch.inf) for x in (found, given))
     assert next(rates) == pytest.approx(next(rates), rel=1e-7, abs=0)
     tau, tau_t = (
         (x.temperature / x.student_logit_scale for x in (found, given)),
@@ -648,7 +656,7 @@ def test_a_millionth_off_is_not_proved(of: str, seed: int) -> None:
 def test_overwritten_inputs_are_told() -> None:
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         student /= 2.0
-        labels[labels == 0] = -100
+        labels[labels == -1] = -100
         return kl(student, teacher / 2, 1.0)[labels != -100].mean() + ce(2 * student, labels)
 
     report = identify(loss)
@@ -667,22 +675,10 @@ def test_underflow_is_told() -> None:
     assert not any("NaN" in habit for habit in identify(lambda s, t: kl(s, t, 2.0).mean()).habits)
 
 
-def test_rounding_in_a_backward() -> None:
-    class InFloat32(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-            ctx.save_for_backward(student, teacher)
-            return kl(student.float(), teacher.float(), 2.0).sum()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-            q, p = (torch.softmax(x.float() / 2, -1) for x in ctx.saved_tensors)
-            return gradient * (q - p) / 2, None
-
-    report = identify(lambda student, teacher: InFloat32.apply(student, teacher))
+def test_rounding_is_looked_through() -> None:
+    report = identify(lambda student, teacher: kl(student.bfloat16(), teacher.half(), 2.0).to(torch.float32).sum())
     assert report.proved, report
     assert any("It rounds to float32 or less inside" in note for note in report.notes)
-    assert identify(lambda student, teacher: kl(student.bfloat16(), teacher.half(), 2.0).sum()).proved
 
 
 class TestArguments:
@@ -705,7 +701,9 @@ class TestArguments:
             identify(lambda s, t, y, mask, config: kl(s, t, 1.0).mean())
 
     def test_settings_are_none_of_them(self) -> None:
-        with pytest.raises(ValueError, match=r"it needs 4 arguments \(student, teacher, labels, alpha\).*Bind the others"):
+        with pytest.raises(
+            ValueError, match=r"it needs 4 arguments \(student, teacher, labels, alpha\).*Bind the others"
+        ):
             identify(lambda student, teacher, labels, alpha: alpha * kl(student, teacher, 1.0).mean())
         with pytest.raises(ValueError, match="it needs 3 arguments .*Bind the others"):
             identify(lambda student, teacher, T: kl(student, teacher, T).mean())

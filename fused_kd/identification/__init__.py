@@ -76,7 +76,7 @@ def _also_on_rows(best: Search, old_loss: Callable[..., Any], arguments: Sequenc
     positions = _LAYOUTS["[N, V]"]
     try:
         loss = ways_to_call(old_loss, arguments, random_data(*positions, VOCABULARY, seed=1))[0]
-        equal = prove(loss, answer, positions, best.use, best.padding).worst <= EQUAL
+        equal = prove(loss, answer, positions, best.use, best.padding).largest <= EQUAL
     except (ProbeError, ValueError, IndexError):
         return
     if equal:

@@ -54,9 +54,8 @@ def teacher_rate(seen: Callable[[Tensor], Tensor], teacher: Tensor) -> float | N
 
     def left(rate: float) -> Tensor:
         z = uncapped(teacher, rate)
-        moved = z - z.amin(-1, keepdim=True)
-        change: Tensor = seen(recapped(moved, rate)) - before
-        return change / size
+        change = seen(recapped(z - z.amin(-1, keepdim=True), rate)) - before
+        return change / float(size)
 
     return _rate(left)
 

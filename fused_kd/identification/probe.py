@@ -126,13 +126,12 @@ class Loss:
             value = self._value(given)
             total = value.sum() if upstream is None else (value * upstream).sum()
             try:
-                torch.autograd.backward(total, inputs=leaves)  # (torch.autograd.grad would leave the mode)
+                gradient, of_teacher = torch.autograd.grad(total, leaves, allow_unused=True)
             except Exception as error:  # a backward of its own may raise anything too
                 raise ProbeError(f"its backward raises {type(error).__name__}: {error}") from error
         self.rounds |= mode.asked
         before = dict(zip(ROLES, (*leaves, data.labels, data.mask.to(self.mask_dtype)), strict=True))
         self.overwritten |= {role for role in self.roles if not torch.equal(given[role], before[role])}
-        gradient, of_teacher = (x.grad for x in leaves)
         if gradient is None:
             raise ProbeError("the student's logits have no gradient")
         return Reading(value.detach(), gradient, of_teacher)

@@ -14,7 +14,7 @@ from fused_kd.loss import FusedKDLoss
 VOCABULARY = 7  # of the smallest inputs
 EQUAL = 1e-9  # value and gradient, in units of them
 
-_DEPTHS = (300.0, 1000.0)  # float64 rounds exp(-1000) to 0, as float32 does exp(-104)
+_DEPTHS = (300.0, -300.0, 1000.0)  # float64 rounds exp(-1000) to 0, as float32 does exp(-104)
 
 # How labels that are ignored and a mask may go together.
 PADDING = (
@@ -26,8 +26,15 @@ PADDING = (
 
 
 class Proof(NamedTuple):
-    worst: float  # difference of value or gradient, in units of them
-    finite: bool  # where a probability is 0 but for rounding too
+    """Differences of value or gradient, in units of them."""
+
+    worst: float
+    far: float  # where probabilities are small, as far as the loss is finite there
+    finite: bool  # whether it is
+
+    @property
+    def largest(self) -> float:
+        return max(self.worst, self.far)
 
 
 def fresh(
@@ -71,14 +78,13 @@ def prove(loss: Loss, answer: Answer, positions: Sequence[int], use: LabelUse, p
     worst = difference(loss, answer, inputs)
     deep = [_with_depth(x, answer, depth) for depth in _DEPTHS for x in fresh(shapes[0], use, answer, padding)]
     others = [difference(loss, answer, [data]) for data in deep]
-    return Proof(
-        max(worst if worst == worst else math.inf, *(x for x in others if not math.isnan(x))),
-        not any(map(math.isnan, others)),
-    )
+    far = max((x for x in others if not math.isnan(x)), default=0.0)
+    return Proof(math.inf if math.isnan(worst) else worst, far, not any(map(math.isnan, others)))
 
 
 def _with_depth(data: Data, answer: Answer, depth: float) -> Data:
-    """Probabilities of about exp(-depth) in a third of the columns, others of the student's and of the teacher's.
+    """Probabilities of about exp(-depth) in a third of the columns, others of the student's and of the teacher's; or in
+    all but these.
 
     It shows an epsilon beside probabilities, or a clamp of them, of logits or of the loss.
     """

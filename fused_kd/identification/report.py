@@ -9,6 +9,10 @@ WRONG_DIMENSION = (
     "Softmax over the wrong dimension: a logit changes gradients along dimension {axes} of logits with {dimensions} "
     "dimensions. A softmax over the vocabulary is dim=-1; dim=1 is that for [N, V] alone."
 )
+NO_SUM = (
+    "it is no sum over positions: what one position's logits are changes what all others weigh (a power or a logarithm "
+    "of the sum, or weights that add up to 1)"
+)
 TEACHER_GRADIENT = (
     "The teacher's logits receive a gradient: nothing detaches them here. That is harmless where the teacher runs "
     "under no_grad; otherwise this loss trains the teacher too, and FusedKDLoss does not."
@@ -60,6 +64,10 @@ PADDING_IN_DIVISOR = (
 )
 NO_LABELS = "The labels are not used at all: padding is counted."
 NONE_IGNORED = "A label of -100 raises or gives NaN; here a position with it has no term."
+OTHERWISE_IF_SMALL = (
+    "on fresh inputs with small probabilities, or large logits, it is something else: an epsilon beside a probability, "
+    "or a clamp"
+)
 NOT_FINITE = (
     "NaN or infinite where a probability is rounded to 0: in float32 by a logit 104 temperatures below the others. "
     "FusedKDLoss is finite there."
@@ -68,7 +76,9 @@ OVERWRITES = (
     "It overwrites the {names} that it is given: what is done with them afterwards sees other numbers. FusedKDLoss "
     "leaves them as they are."
 )
-ROUNDS = "It rounds to float32 or less inside; what is compared is the same code in float64."
+ROUNDS = (
+    "It rounds to float32 or less inside; what is compared is the same code in float64, but for a backward of its own."
+)
 
 
 @dataclass
@@ -76,9 +86,9 @@ class Report:
     """What was found; `str(report)` says it in words.
 
     `proved`: `answer` has the value and the gradient of the loss on fresh inputs, of other shapes too: with finite
-    logits, up to 1009 columns, labels of which some count, and a mask of 0 and 1. What happens beyond is not looked at:
-    a padding label that is a larger class, logits of -inf, a batch in which nothing counts. Without it, `answer` is
-    None or what comes closest, and `ruled_out` says what does not fit.
+    logits, probabilities down to exp(-300) and 0, up to 1009 columns, labels of which some count, and a mask of 0 and 1.
+    What happens beyond is not looked at: a padding label that is a larger class, logits of -inf, a batch in which
+    nothing counts. Without it, `answer` is None or what comes closest, and `ruled_out` says what does not fit.
     """
 
     proved: bool = False
@@ -96,7 +106,11 @@ class Report:
         return "" if self.answer is None else self.answer.code()
 
     def __str__(self) -> str:
-        title = f"For logits {' and '.join(self.layouts)} this is:" if self.proved else "No FusedKDLoss was found that is this."
+        title = (
+            f"For logits {' and '.join(self.layouts)} this is:"
+            if self.proved
+            else "No FusedKDLoss was found that is this."
+        )
         if self.answer is not None and not self.proved:
             title += " What comes closest:"
         taken = ", ".join(f"{name} is the {role}" for name, role in self.arguments.items() if name != role)

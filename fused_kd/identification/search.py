@@ -15,7 +15,7 @@ from fused_kd.identification.agreement import Agreement, agreement
 from fused_kd.identification.answer import Answer, weight_options
 from fused_kd.identification.caps import over_uncapped, recapped, student_rate, teacher_rate, uncapped
 from fused_kd.identification.fit import Fit, fit, fit_hard, fit_variation, weights_of
-from fused_kd.identification.hard import Rows, nice
+from fused_kd.identification.hard import EXACT, Rows, nice
 from fused_kd.identification.labels import LabelUse, label_use
 from fused_kd.identification.minimum import minimised
 from fused_kd.identification.probe import Data, Loss, ProbeError, Reading, random_data
@@ -104,7 +104,10 @@ class Search:
             logits[at] += 0.7
             after = self.loss(data.but(**{name: logits})).gradient
             changed = ((after - reading.gradient).abs() > 1e-11 * reading.gradient.abs().max()).nonzero()
-            dimensions |= {d for d in range(changed.shape[1] - 1) if (changed[:, d] != at[d]).any()}
+            elsewhere = {d for d in range(changed.shape[1] - 1) if (changed[:, d] != at[d]).any()}
+            if elsewhere and _proportional(after, reading.gradient, at[:-1]):
+                raise _Unlike(say.NO_SUM)
+            dimensions |= elsewhere
         if dimensions:
             axes = " and ".join(map(str, sorted(dimensions)))
             self.found.habits.append(say.WRONG_DIMENSION.format(axes=axes, dimensions=data.student.dim()))
@@ -350,21 +353,28 @@ class Search:
                 if difference(self.loss, way, small) <= EQUAL:
                     found.answer, self.padding = way, padding
                     proof = prove(self.loss, way, self.positions, self.use, padding)
-                    found.worst = proof.worst
+                    found.worst = proof.largest
                     if not proof.finite:
                         found.habits.append(say.NOT_FINITE)
-                    if not found.worst <= EQUAL:
+                    if not proof.worst <= EQUAL:
                         found.ruled_out.append("on fresh inputs it is something else")
+                    elif not proof.far <= EQUAL:
+                        found.ruled_out.append(say.OTHERWISE_IF_SMALL)
                     found.proved = not found.ruled_out
                     self._describe(way)
                     return
         found.answer = answer
-        if difference(self.loss, answer, [self._data(seed=seed) for seed in (42, 43)]) <= EQUAL:
+        if found.ruled_out:
+            return
+        counted = answer.but(weights=False)  # with every position a label and no mask
+        if difference(self.loss, counted, [self._data(seed=seed) for seed in (42, 43)]) > EQUAL:
+            found.ruled_out.append("on fresh inputs it is something else")
+        elif difference(self.loss, counted, fresh(self.positions, self.use, counted, PADDING[3])) <= EQUAL:
             found.ruled_out.append(
                 "what it makes of labels that are ignored, or of a mask; where every position counts it is equal"
             )
-        elif not found.ruled_out:
-            found.ruled_out.append("on fresh inputs it is something else")
+        else:
+            found.ruled_out.append(say.OTHERWISE_IF_SMALL)
 
     def _describe(self, way: Answer) -> None:
         found = self.found
@@ -381,6 +391,13 @@ class Search:
         elif self.use.used and self.use.ignored is None:
             found.notes.append(say.NONE_IGNORED)
         found.notes += self.use.notes
+
+
+def _proportional(one: Tensor, other: Tensor, position: tuple[int, ...]) -> bool:
+    """Whether two gradients are so at all positions but one."""
+    one, other = one.clone(), other.clone()
+    one[position] = other[position] = 0
+    return bool((one - (one * other).sum() / (other * other).sum() * other).norm() < EXACT * one.norm())
 
 
 def _power(before: float, after: float, growth: float, name: str) -> int:
