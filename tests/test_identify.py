@@ -508,7 +508,7 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     "another softcap": (lambda s, t: kl(30 * (s / 30).atan(), t, 2.0).mean(), "with softcaps or without"),
     "a small epsilon, hot": (
         lambda s, t: -(F.softmax(t / 20, -1) * (F.softmax(s / 20, -1) + 1e-12).log()).sum(),
-        "an epsilon beside a probability",
+        "on fresh inputs",
     ),
     "clamped probabilities": (
         lambda s, t: -(F.softmax(t / 4, -1) * F.softmax(s / 4, -1).clamp(min=1e-30).log()).sum(),

@@ -83,8 +83,8 @@ def prove(loss: Loss, answer: Answer, positions: Sequence[int], use: LabelUse, p
 
 
 def _with_depth(data: Data, answer: Answer, depth: float) -> Data:
-    """Probabilities of about exp(-depth) in a third of the columns, others of the student's and of the teacher's; or in
-    all but these.
+    """Probabilities of about exp(-depth) in a third of the columns, others of the student's than of the teacher's; for a
+    negative depth in all but a third, of both: else there would be hardly any gradient.
 
     It shows an epsilon beside probabilities, or a clamp of them, of logits or of the loss.
     """
@@ -93,7 +93,7 @@ def _with_depth(data: Data, answer: Answer, depth: float) -> Data:
     teacher_temperature = (options.teacher_temperature or options.temperature) / options.teacher_logit_scale
     student, teacher = data.student * max(1.0, temperature) / 9, data.teacher * max(1.0, teacher_temperature) / 9
     student[..., 0::3] -= depth * temperature
-    teacher[..., 1::3] -= depth * teacher_temperature
+    teacher[..., 1 if depth > 0 else 0 :: 3] -= depth * teacher_temperature
     return data.but(student=student, teacher=teacher)
 
 

@@ -207,7 +207,9 @@ class Search:
                 wide = self._data(seed=5, scale=16.0)
                 fitted, ruled_out = fit(self._rows(wide, self.loss(wide)), agreed)
         if fitted is None:
-            self.found.ruled_out += [f"{name}: at no temperature and with no weights" for name in ruled_out]
+            self.found.ruled_out += [
+                f"{name}: at no temperature and with no weights, with softcaps or without" for name in ruled_out
+            ]
             raise _Unlike("its gradient is that of no divergence here plus a cross entropy")
         if fitted.why_not:
             raise _Unlike(fitted.why_not)
