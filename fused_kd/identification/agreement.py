@@ -17,7 +17,8 @@ from fused_kd.identification.hard import EXACT, Rows, hard_columns, solve
 from fused_kd.identification.minimum import minimised
 
 _RATIOS = [k / 2 for k in range(-14, 15)]  # their logarithms
-_HARD = [k / 3 for k in range(-6, 16)]
+_FINE = [k / 8 for k in range(-40, 41)]
+_HARD = [k / 6 for k in range(-12, 31)]
 
 
 class Agreement(NamedTuple):
@@ -51,11 +52,11 @@ def agreement(at: Callable[[float], tuple[Rows, Tensor]]) -> Agreement | None:
         return [x, *minimised(lambda numbers: with_any([x, *numbers]), [start], steps=10, limit=9)]
 
     hard = torch.tensor(_HARD, dtype=torch.float64).exp()
-    stages = [(with_hard_at_1, lambda x: [x])]
+    stages = [(with_hard_at_1, lambda x: [x], _RATIOS)]
     if seen(1.0)[0].labels is not None:
-        stages.append((with_any, with_best))
-    for residual, start_at in stages:
-        starts = [(float(residual(numbers).norm()), numbers) for numbers in map(start_at, _RATIOS)]
+        stages.append((with_any, with_best, _FINE))
+    for residual, start_at, ratios in stages:
+        starts = [(float(residual(numbers).norm()), numbers) for numbers in map(start_at, ratios)]
         # (A divergence that grows with the teacher's logits makes it small at large ratios too: so all minima.)
         minima = [b for a, b, c in zip(starts, starts[1:], starts[2:], strict=False) if b[0] <= min(a[0], c[0])]
         for _, start in sorted(minima)[:4]:

@@ -83,8 +83,8 @@ def prove(loss: Loss, answer: Answer, positions: Sequence[int], use: LabelUse, p
 
 
 def _with_depth(data: Data, answer: Answer, depth: float) -> Data:
-    """Probabilities of about exp(-depth) in a third of the columns, others of the student's than of the teacher's; for a
-    negative depth in all but a third, of both: else there would be hardly any gradient.
+    """Probabilities of about exp(-depth) in a third of the columns, others of the student's than of the teacher's. For
+    a negative depth in all but a third, the same of both: else there would be hardly any gradient.
 
     It shows an epsilon beside probabilities, or a clamp of them, of logits or of the loss.
     """
