@@ -1,10 +1,10 @@
 """Which FusedKDLoss somebody's loss is: `identify(old_loss)`, or `fused-kd identify my_module:my_loss`.
 
 The function is called on small random inputs in float64. What it does to labels, masks and positions is seen from which
-gradients change when one of them does; softcaps, from what a softmax does not change with (`caps.py`); how it reduces,
-from how gradients scale with the shape; and its divergence, temperatures and weights are fitted to the gradient
-(`fit.py`). What comes out is a guess until value and
-gradient are equal on inputs that it was not made from: `Report.proved`.
+gradients change when one of them does; softcaps, from what a softmax does not change with (`caps.py`); the ratio of
+the temperatures, from where student and teacher agree (`agreement.py`); how it reduces, from how gradients scale with
+the shape; and its divergence, temperatures and weights are fitted to the gradient (`fit.py`). What comes out is a guess
+until value and gradient are equal on inputs that it was not made from: `Report.proved`.
 """
 
 from collections.abc import Callable, Sequence

@@ -7,7 +7,7 @@ r, and the hard term's temperature, are found before the divergence is.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ class Agreement(NamedTuple):
 def agreement(at: Callable[[float], tuple[Rows, Tensor]]) -> Agreement | None:
     """Of a loss of which `at(r)` gives rows with teacher logits that are r times the student's, and the gradient over
     them where the teacher's are 0."""
-    seen = lru_cache(at)
+    seen = cache(at)
 
     def left(ratio: float, of_hard: Tensor) -> Tensor:
         """What is no hard term's, for hard terms at these temperatures, in units of what the teacher does: [K, R V], or

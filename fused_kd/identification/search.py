@@ -1,9 +1,8 @@
 """The search for the FusedKDLoss that somebody's loss is, for logits of one kind: [B, T, V] or [N, V]."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from fused_kd.identification.caps import over_uncapped, recapped, student_rate, 
 from fused_kd.identification.fit import Fit, fit, fit_hard, fit_variation, weights_of
 from fused_kd.identification.hard import EXACT, Rows, nice
 from fused_kd.identification.labels import LabelUse, label_use
-from fused_kd.identification.minimum import minimised
 from fused_kd.identification.probe import Data, Loss, ProbeError, Reading, random_data
 from fused_kd.identification.proof import EQUAL, PADDING, VOCABULARY, difference, fresh, prove
 from fused_kd.identification.report import Report
-from fused_kd.reference import hard_term, soft_term
+from fused_kd.identification.values import parts_of, with_teacher_temperature
 
 _MORE = {"batch": 3, "length": 3, "vocabulary": 4}  # how much larger the inputs get that show a reduction
 
@@ -140,8 +138,6 @@ class Search:
             self.found.habits.append(say.TEACHER_GRADIENT)
 
     def _find_caps(self) -> None:
-        data = self._data(seed=9)
-
         def seen(teacher: Tensor) -> Tensor:
             reading = self.loss(data.but(teacher=teacher))
             pairs = ((reading.value, first.value), (reading.gradient, first.gradient))
@@ -176,7 +172,7 @@ class Search:
             changed = data.but(student=student, teacher=teacher)
             return self._rows(changed, self.loss(changed))
 
-        @lru_cache
+        @cache
         def without(scale: float) -> Tensor:
             return rows(scale, 0.0).gradient
 
@@ -227,8 +223,8 @@ class Search:
         rows = [self._rows(*pair) for pair in zip(inputs, readings, strict=True)]
         values = torch.stack([reading.value.sum() for reading in readings])
         if isinstance(fitted.divergence, TotalVariation):
-            fitted = _with_teacher_temperature(fitted, rows, values)
-        parts = torch.stack([_parts(x, fitted) for x in rows])  # [M, 4]: soft, hard, the teacher's entropy, 1
+            fitted = with_teacher_temperature(fitted, rows, values)
+        parts = torch.stack([parts_of(x, fitted) for x in rows])  # [M, 4]: soft, hard, the teacher's entropy, 1
         left = values - parts[:, :2] @ torch.tensor([fitted.soft, fitted.hard], dtype=torch.float64)
         if left.norm() <= EQUAL * values.norm():
             return fitted
@@ -421,39 +417,6 @@ def _view(shape: torch.Size, positions: torch.Size) -> str:
         if ("transpose" not in view or len(positions) == 2) and Answer.seen(numbers, view).shape == shape:
             return view
     raise _Unlike(f"for positions {tuple(positions)} it returns a tensor of shape {tuple(shape)}")
-
-
-def _parts(rows: Rows, fitted: Fit) -> Tensor:
-    """Sums over the rows: the divergence, the cross entropy, the teacher's entropy, and 1."""
-    soft, hard = torch.zeros(2, dtype=torch.float64)
-    temperature, teacher_temperature = fitted.temperature, fitted.teacher_temperature
-    if fitted.divergence is not None:
-        soft = soft_term(
-            rows.student,
-            rows.teacher,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            divergence=fitted.divergence,
-        ).sum()
-    if rows.labels is not None:
-        logits = rows.student / fitted.hard_temperature
-        hard = hard_term(logits, rows.labels, label_smoothing=fitted.label_smoothing).sum()
-    log_p = torch.log_softmax(rows.teacher / teacher_temperature, -1)
-    return torch.stack([soft, hard, -(log_p.exp() * log_p).sum(), torch.ones((), dtype=torch.float64)])
-
-
-def _with_teacher_temperature(fitted: Fit, rows: list[Rows], values: Tensor) -> Fit:
-    """From the values: the total variation's gradient depends on it by which p are greater than q, and no further."""
-
-    def left(numbers: Sequence[float]) -> Tensor:
-        changed = replace(fitted, teacher_temperature=math.exp(numbers[0]))
-        parts = torch.stack([_parts(x, changed) for x in rows])
-        result: Tensor = (values - parts[:, 0] * fitted.soft - parts[:, 1] * fitted.hard) / values.norm()
-        return result
-
-    starts = [math.log(fitted.teacher_temperature), math.log(fitted.temperature), 0.0]
-    best = min((minimised(left, [start]) for start in starts), key=lambda numbers: float(left(numbers).norm()))
-    return replace(fitted, teacher_temperature=nice(math.exp(best[0])))
 
 
 def _close(x: float, y: float) -> bool:
