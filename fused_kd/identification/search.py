@@ -161,8 +161,8 @@ class Search:
             sizes = [0.3 / rate if rate else 0.5 for rate in found]
         self.rates = found
 
-    def _agreement(self) -> Agreement | None:
-        data = self._data(seed=10)
+    def _agreement(self, scale: float) -> Agreement | None:
+        data = self._data(seed=10, scale=scale)
         of_student, of_teacher = self.rates
         z = uncapped(data.student, of_student)
         largest = float(z.abs().max())
@@ -192,7 +192,7 @@ class Search:
         elif self._is_flat(data, reading):
             fitted = fit_variation(rows)
         else:
-            agreed = self._agreement()
+            agreed = self._agreement(1.0) or (self._agreement(3.0) if self.use.hard else None)
             if agreed is None:
                 raise _Unlike(
                     "its gradient is that of no divergence here plus a cross entropy: at no temperatures is it that of "
