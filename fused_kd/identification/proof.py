@@ -92,7 +92,8 @@ def _with_depth(data: Data, answer: Answer, depth: float) -> Data:
     temperature = options.temperature / options.student_logit_scale
     teacher_temperature = (options.teacher_temperature or options.temperature) / options.teacher_logit_scale
     student, teacher = data.student * max(1.0, temperature) / 9, data.teacher * max(1.0, teacher_temperature) / 9
-    student[..., 0::3] -= depth * temperature
+    flat = 3 * (options.student_softcap or math.inf) / options.student_logit_scale  # no further up, for the same reason
+    student[..., 0::3] -= max(depth * temperature, -flat)
     teacher[..., 1 if depth > 0 else 0 :: 3] -= depth * teacher_temperature
     return data.but(student=student, teacher=teacher)
 
