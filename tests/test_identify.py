@@ -1,5 +1,6 @@
 """`fused_kd.identify` finds what a loss is, says what is odd about it, and never claims what is not so."""
 
+import functools
 import random
 import sys
 from collections.abc import Callable
@@ -42,6 +43,10 @@ def kl(s: Tensor, t: Tensor, tau: float, tau_t: float | None = None) -> Tensor:
 
 def ce(s: Tensor, y: Tensor, **options: Any) -> Tensor:
     return F.cross_entropy(s.flatten(0, -2), y.flatten(), **options)
+
+
+def cap(logits: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(logits / softcap)
 
 
 def kl_div(s: Tensor, t: Tensor, tau: float, reduction: str, dim: int = -1) -> Tensor:
@@ -254,6 +259,38 @@ KNOWN: dict[str, tuple[Callable[..., Any], dict[str, Any], list[str]]] = {
         {"temperature": 1.0, "student_logit_scale": 0.5, "teacher_logit_scale": 0.5},
         ["hard term has a temperature"],
     ),
+    "hard temperature of its own": (
+        lambda student, teacher, labels: 4 * kl(student / 4, teacher / 4, 2.0).mean() + ce(student / 4, labels),
+        {"temperature": 2.0, "alpha": 1.0, "student_logit_scale": 0.25, "teacher_logit_scale": 0.25},
+        ["or its logits a scale"],
+    ),
+    "a scale of the student": (
+        lambda student, teacher, labels: 4 * kl(student / 4, teacher, 2.0).mean() + ce(student / 4, labels),
+        {"temperature": 2.0, "alpha": 1.0, "student_logit_scale": 0.25, "teacher_temperature": None},
+        ["Two temperatures, or scales"],
+    ),
+    "Gemma 2": (
+        lambda s, t, y: 2 * kl(cap(s, 30.0), cap(t, 30.0), 2.0).mean() + 0.5 * ce(cap(s, 30.0), y),
+        {
+            "temperature": 2.0,
+            "alpha": 0.5,
+            "student_softcap": 30.0,
+            "teacher_softcap": 30.0,
+            "student_logit_scale": None,
+        },
+        [],
+    ),
+    "Gemma 2's logits as a teacher": (
+        lambda s, t: kl(s, cap(t, 50.0), 1.0).sum(),
+        {"temperature": 1.0, "student_softcap": None, "teacher_softcap": 50.0, "reduction": "sum"},
+        ["have not the same softcap: None and 50.0"],
+    ),
+    "a capped and scaled student": (
+        lambda s, t, y: kl(cap(s / 4, 15.0), t, 3.0, 1.0).mean() + ce(cap(s / 4, 15.0), y),
+        {"temperature": 3.0, "teacher_temperature": 1.0, "student_softcap": 15.0, "student_logit_scale": 0.25},
+        ["have not the same softcap: 15.0 and None"],
+    ),
+    "capped labels alone": (lambda s, t, y: ce(cap(s, 30.0), y), {"alpha": 0.0, "student_softcap": 30.0}, []),
     "student's temperature": (
         lambda student, teacher: kl(student, teacher, 3.0, 1.0).mean(),
         {"temperature": 3.0, "teacher_temperature": 1.0},
@@ -454,7 +491,7 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "weighted by confidence": (lambda s, t: (F.softmax(t, -1).amax(-1) * kl(s, t, 1.0)).mean(), ""),
     "two soft terms": (lambda s, t: kl(s, t, 1.0).mean() + kl(s, t, 4.0).mean(), "no divergence"),
-    "a squared mean": (lambda s, t: kl(s, t, 1.0).mean() ** 2, ""),
+    "a squared mean": (lambda s, t: kl(s, t, 1.0).mean() ** 2, "it is no sum over positions"),
     "binary": (
         lambda s, t: F.binary_cross_entropy_with_logits(s / 2, torch.sigmoid(t.detach() / 2)),
         "no divergence",
@@ -463,9 +500,32 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s, t: OwnGradient.apply(s, t) * 1.0,
         "its backward ignores what it is multiplied by",
     ),
-    "soft caps": (
-        FusedKDLoss(student_softcap=3.0, teacher_softcap=3.0),
-        "no divergence",
+    "softcap of the soft term alone": (
+        lambda s, t, y: kl(cap(s, 30.0), cap(t, 30.0), 2.0).mean() + ce(s, y),
+        "with softcaps or without",
+    ),
+    "softcap and a clamp": (lambda s, t: kl(cap(s, 30.0).clamp(max=29.0), t, 2.0).mean(), "or a clamp"),
+    "another softcap": (lambda s, t: kl(30 * (s / 30).atan(), t, 2.0).mean(), "with softcaps or without"),
+    "a small epsilon, hot": (
+        lambda s, t: -(F.softmax(t / 20, -1) * (F.softmax(s / 20, -1) + 1e-12).log()).sum(),
+        "on fresh inputs",
+    ),
+    "clamped probabilities": (
+        lambda s, t: -(F.softmax(t / 4, -1) * F.softmax(s / 4, -1).clamp(min=1e-30).log()).sum(),
+        "an epsilon beside a probability",
+    ),
+    "clamped logits": (lambda s, t: kl(s.clamp(-100, 100), t, 1.0).mean(), "or a clamp"),
+    "clamped logits above": (lambda s, t: kl(s, t.clamp(max=100), 1.0).mean(), "or a clamp"),
+    "a root": (lambda s, t: kl(s, t, 1.0).mean().sqrt(), "it is no sum over positions"),
+    "a clamped loss": (lambda s, t: kl(s, t, 1.0).clamp(max=50).mean(), "or a clamp"),
+    "noise in the value": (lambda s, t: kl(s, t, 1.0).mean() + 1e-3 * torch.rand(()), "another value the next time"),
+    "class weights": (
+        lambda s, t, y: kl(s, t, 1.0).mean() + ce(s, y, weight=torch.linspace(0.5, 1.5, s.shape[-1])),
+        "a term that depends on labels, but is no cross entropy",
+    ),
+    "one number a class": (
+        lambda s, t: F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1), reduction="none"),
+        "it returns a tensor of shape",
     ),
     "too hot": (lambda s, t, y: ce(s, y) + 1e35 * kl(s, t, 2.0).mean(), "alpha must be at most 1e30"),
     "NaN": (lambda s, t: kl(s, t, 1.0).mean() * torch.nan, "NaN"),
@@ -479,7 +539,7 @@ def test_broken(name: str) -> None:
     assert not report.proved, report
     assert report.ruled_out, report
     assert words in str(report), report
-    assert str(report).startswith("No FusedKDLoss is this.")
+    assert str(report).startswith("No FusedKDLoss was found that is this.")
 
 
 def test_other_layout_is_told() -> None:
@@ -501,7 +561,8 @@ def configuration(seed: int) -> dict[str, Any]:
     weights: dict[str, Any] = {"alpha": r.choice([0.0, 0.1, 0.5, 0.9, 1.0, r.random()])}
     if r.random() < 0.5:
         weights = {"alpha": r.choice([0.3, 1.0, 5.0]), "hard_weight": r.choice([0.0, 0.1, 2.0])}
-    return weights | {
+    softcaps = [None, None, None, 5.0, 15.0, 30.0, 50.0, r.uniform(2, 100)]
+    options = weights | {
         "temperature": r.choice([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 7.5, 20.0, r.uniform(0.4, 15)]),
         "teacher_temperature": r.choice([None, None, None, 1.0, 5.0]),
         "t2_scaling": r.random() < 0.6,
@@ -511,7 +572,14 @@ def configuration(seed: int) -> dict[str, Any]:
         "soft_on_ignored": r.random() < 0.25,
         "shift": r.random() < 0.35,
         "label_smoothing": r.choice([0.0, 0.0, 0.0, 0.1]),
+        "student_logit_scale": r.choice([1.0, 1.0, 1.0, 0.25, r.uniform(0.1, 2)]),
+        "teacher_logit_scale": r.choice([1.0, 1.0, 1.0, 0.25]),
+        "student_softcap": r.choice(softcaps),
+        "teacher_softcap": r.choice(softcaps),
     }
+    if options["divergence"] == LogitMSE(centred=False):
+        options |= {"student_softcap": None, "teacher_softcap": None}
+    return options
 
 
 def check_options(report: Report, options: dict[str, Any]) -> None:
@@ -522,17 +590,22 @@ def check_options(report: Report, options: dict[str, Any]) -> None:
     assert found.shift == options["shift"]
     given = FusedKDLoss(**options).options
     assert found.weight_of_hard() == pytest.approx(given.weight_of_hard(), rel=1e-9, abs=0)
+    rates = (x.student_logit_scale / (x.student_softcap or torch.inf) for x in (found, given))
+    assert next(rates) == pytest.approx(next(rates), rel=1e-7, abs=0)
     if given.weight_of_hard() > 0:
         assert found.label_smoothing == given.label_smoothing
+        assert found.student_logit_scale == pytest.approx(given.student_logit_scale, rel=1e-7)
     if given.alpha == 0:
         assert found.alpha == 0
         return
     divergence, expected = divergence_of(found.divergence), divergence_of(given.divergence)
     assert type(divergence) is type(expected)
     assert divergence.parameters == pytest.approx(expected.parameters, rel=1e-7)
+    rates = (x.teacher_logit_scale / (x.teacher_softcap or torch.inf) for x in (found, given))
+    assert next(rates) == pytest.approx(next(rates), rel=1e-7, abs=0)
     tau, tau_t = (
-        (x.temperature for x in (found, given)),
-        (x.teacher_temperature or x.temperature for x in (found, given)),
+        (x.temperature / x.student_logit_scale for x in (found, given)),
+        ((x.teacher_temperature or x.temperature) / x.teacher_logit_scale for x in (found, given)),
     )
     if isinstance(divergence, LogitMSE):  # of the temperatures only their ratio, and the weight's with their square
         ratio = (t / s for s, t in zip(tau, tau_t, strict=True))
@@ -580,6 +653,34 @@ def test_a_millionth_off_is_not_proved(of: str, seed: int) -> None:
     assert not identify(off).proved
 
 
+def test_overwritten_inputs_are_told() -> None:
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        student /= 2.0
+        labels[labels == -1] = -100
+        return kl(student, teacher / 2, 1.0)[labels != -100].mean() + ce(2 * student, labels)
+
+    report = identify(loss)
+    assert report.proved, report
+    assert report.answer is not None
+    assert report.answer.options["temperature"] == 2
+    assert any("overwrites the labels and student" in habit for habit in report.habits)
+    assert not any("overwrites" in habit for habit in identify(lambda s, t: kl(s, t, 2.0).mean()).habits)
+
+
+def test_underflow_is_told() -> None:
+    """p log p of a p that is rounded to 0."""
+    report = identify(lambda s, t: (F.softmax(t, -1) * (F.softmax(t, -1).log() - F.log_softmax(s, -1))).sum())
+    assert report.proved, report
+    assert any("NaN or infinite where a probability is rounded to 0" in habit for habit in report.habits)
+    assert not any("NaN" in habit for habit in identify(lambda s, t: kl(s, t, 2.0).mean()).habits)
+
+
+def test_rounding_is_looked_through() -> None:
+    report = identify(lambda student, teacher: kl(student.bfloat16(), teacher.half(), 2.0).to(torch.float32).sum())
+    assert report.proved, report
+    assert any("It rounds to float32 or less inside" in note for note in report.notes)
+
+
 class TestArguments:
     def test_given(self) -> None:
         def loss(a: Tensor, b: Tensor, c: Tensor) -> Tensor:  # the teacher first, and nothing says so
@@ -598,6 +699,43 @@ class TestArguments:
     def test_too_many(self) -> None:
         with pytest.raises(ValueError, match="it needs 5 arguments .*Bind the others"):
             identify(lambda s, t, y, mask, config: kl(s, t, 1.0).mean())
+
+    def test_settings_are_none_of_them(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"it needs 4 arguments \(student, teacher, labels, alpha\).*Bind the others"
+        ):
+            identify(lambda student, teacher, labels, alpha: alpha * kl(student, teacher, 1.0).mean())
+        with pytest.raises(ValueError, match="it needs 3 arguments .*Bind the others"):
+            identify(lambda student, teacher, T: kl(student, teacher, T).mean())
+
+    def test_by_name(self) -> None:
+        def loss(*, labels: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
+            return kl(student, teacher, 2.0).mean() + ce(student, labels)
+
+        def of_three(student: Tensor, teacher: Tensor, temperature: float, labels: Tensor) -> Tensor:
+            return kl(student, teacher, temperature).mean() + ce(student, labels)
+
+        def of_optional(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+            assert teacher_logits is not None
+            return kl(logits, teacher_logits, 2.0).mean() + ce(logits, labels)
+
+        for function in (loss, functools.partial(of_three, temperature=2.0), of_optional):
+            report = identify(function)
+            assert report.proved, report
+            assert report.answer is not None
+            assert report.answer.options["temperature"] == 2
+            assert report.answer.options["hard_weight"] == 1
+        assert report.arguments == {"logits": "student", "labels": "labels", "teacher_logits": "teacher"}
+        assert "Taken so: logits is the student, teacher_logits is the teacher" in str(report)
+        assert identify(loss, arguments=("labels", "teacher", "student")).proved
+
+    def test_signature_that_says_nothing(self) -> None:
+        assert identify(lambda *given: kl(given[0], given[1], 2.0).mean()).proved
+        assert identify(lambda *given: kl(given[0], given[1], 2.0).mean() + ce(given[0], given[2])).proved
+
+    def test_dictionary_without_a_loss(self) -> None:
+        with pytest.raises(ValueError, match="it returns a dict with 'kd', 'ce', and no \"loss\" among them"):
+            identify(lambda s, t, y: {"kd": kl(s, t, 1.0).mean(), "ce": ce(s, y)})
 
     def test_what_it_raised(self) -> None:
         def loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -638,7 +776,7 @@ class TestCommand:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert self.run(tmp_path, monkeypatch, "my_losses:odd") == 1
-        assert "No FusedKDLoss is this." in capsys.readouterr().out
+        assert "No FusedKDLoss was found that is this." in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("name", "message"),

@@ -1,9 +1,10 @@
 """Which FusedKDLoss somebody's loss is: `identify(old_loss)`, or `fused-kd identify my_module:my_loss`.
 
 The function is called on small random inputs in float64. What it does to labels, masks and positions is seen from which
-gradients change when one of them does; how it reduces, from how gradients scale with the shape; and its divergence,
-temperatures and weights are fitted to the gradient (`fit.py`). What comes out is a guess until value and
-gradient are equal on inputs that it was not made from: `Report.proved`.
+gradients change when one of them does; softcaps, from what a softmax does not change with (`caps.py`); the ratio of
+the temperatures, from where student and teacher agree (`agreement.py`); how it reduces, from how gradients scale with
+the shape; and its divergence, temperatures and weights are fitted to the gradient (`fit.py`). What comes out is a guess
+until value and gradient are equal on inputs that it was not made from: `Report.proved`.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +21,14 @@ _LAYOUTS = {"[B, T, V]": (2, 4), "[N, V]": (6,)}
 def identify(old_loss: Callable[..., Any], *, arguments: Sequence[str] | None = None) -> Report:
     """The FusedKDLoss that has the value and the gradient of `old_loss`, and what is odd about the latter.
 
+    Looked for are all options that change these, and none that need other arguments: no several teachers, no
+    SparseTeacher, no vocabulary that is cut over ranks. Nor are softcaps found around LogitMSE(centred=False).
+
     Args:
         old_loss: a function, or a module, of a student's and a teacher's logits and, if it takes them, labels and a
-            mask, in any order; it returns the loss, or something with it first or under the name "loss". Whatever else
-            it needs is bound beforehand: `lambda student, teacher, labels: old_loss(student, teacher, labels, config)`.
+            mask, in any order or by name; it returns the loss, or something with it first or under the name "loss".
+            Whatever else it needs is bound beforehand:
+            `lambda student, teacher, labels: old_loss(student, teacher, labels, config)`.
             It is called some hundred times on small random inputs, on the CPU, with logits [B, T, V] and [N, V].
         arguments: what its arguments are, of "student", "teacher", "labels", "mask"; None: by name, and by trying.
 
@@ -71,7 +76,7 @@ def _also_on_rows(best: Search, old_loss: Callable[..., Any], arguments: Sequenc
     positions = _LAYOUTS["[N, V]"]
     try:
         loss = ways_to_call(old_loss, arguments, random_data(*positions, VOCABULARY, seed=1))[0]
-        equal = prove(loss, answer, positions, best.use, best.padding) <= EQUAL
+        equal = prove(loss, answer, positions, best.use, best.padding).largest <= EQUAL
     except (ProbeError, ValueError, IndexError):
         return
     if equal:

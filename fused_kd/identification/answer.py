@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.identification.fit import nice
+from fused_kd.identification.hard import nice
 from fused_kd.identification.probe import Data
 from fused_kd.loss import FusedKDLoss
 from fused_kd.options import KDOptions

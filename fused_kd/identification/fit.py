@@ -2,8 +2,9 @@
 
 The gradient of a row is linear in what the terms weigh, and in the two halves of those divergences that are mixtures of
 two. So for given temperatures and a given parameter of the divergence the weights are a least-squares problem, and what
-is left of the gradient says how good these are: a search in two to four numbers, on a grid and then by Gauss and Newton
-as Levenberg and Marquardt have it. In float64 the right answer leaves 1e-13, a wrong one 1e-3 to 1e-6.
+is left of the gradient says how good these are: a search in one to three numbers (the ratio of the temperatures is
+known: `agreement.py`), on a grid and then by Gauss and Newton as Levenberg and Marquardt have it. In float64 the right
+answer leaves 1e-13, a wrong one 1e-3 to 1e-6.
 """
 
 import math
@@ -26,21 +27,10 @@ from fused_kd.divergences import (
     SymmetricKL,
     TotalVariation,
 )
+from fused_kd.identification.agreement import Agreement
+from fused_kd.identification.hard import EXACT, Rows, hard_columns, nice, read_hard, solve
+from fused_kd.identification.minimum import minimised
 from fused_kd.reference import divergence_terms, mean_squared_difference
-
-EXACT = 1e-9  # what is left of a gradient, in units of it, when the answer is right
-
-_COLDEST, _HOTTEST = 0.35, 30.0  # of the grid
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of which every one counts, with the gradient of the loss's sum: [R, V], labels [R] (None: not used)."""
-
-    student: Tensor
-    teacher: Tensor
-    labels: Tensor | None
-    gradient: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,6 @@ class Shape:
     parts: Callable[..., list[Divergence]]  # of the parameters
     starts: Sequence[tuple[float, ...]] = ((),)  # of the search in them: shares between 0 and 1, or any above 0
     shares: bool = False
-    temperatures: int = 9  # in the grid of each; the total variation's gradient jumps where p = q, so it needs more
 
     def within(self, parameters: Sequence[float]) -> list[float]:
         """Without bounds, for the search."""
@@ -97,21 +86,55 @@ SHAPES = [
     Shape("Jensen-Shannon divergences", lambda beta: [JSD(beta)], _SHARES, shares=True),
     Shape("skew KL", lambda alpha: [SkewKL(alpha)], _SHARES, shares=True),
     Shape("skew reverse KL", lambda alpha: [SkewReverseKL(alpha)], _SHARES, shares=True),
-    Shape("total variation", lambda: [TotalVariation()], temperatures=40),
     Shape("alpha and alpha-beta divergences", lambda alpha, beta: [AlphaBeta(alpha, beta)], _POWERS),
 ]
+_VARIATION = Shape("total variation", lambda: [TotalVariation()])
 MSE = "mean squared differences of logits"
 
 
-def fit(rows: Rows, has_soft: bool) -> tuple[Fit | None, list[str]]:
+def fit(rows: Rows, agreement: Agreement) -> tuple[Fit | None, list[str]]:
     """The simplest that has the gradient; and, where there is none, what was ruled out."""
-    if not has_soft:
-        return _fit_hard(rows), []
-    found = _fit_mse(rows)
-    for tied in (False, True) if rows.labels is not None else (False,):
-        for shape in SHAPES:
-            found = found or _fit_shape(rows, shape, tied)
+    found = _fit_mse(rows, agreement.hard_temperature)
+    logs = torch.linspace(math.log(0.05), math.log(1000), 80, dtype=torch.float64)[:, None]
+
+    def temperatures(logs: Tensor) -> Tensor:
+        student = logs[:, 0].exp()
+        return torch.stack([student, student * agreement.ratio, student * 0 + agreement.hard_temperature], -1)
+
+    for shape in SHAPES:
+        found = found or _fit_shape(rows, shape, logs, temperatures)
     return found, [shape.name for shape in SHAPES] + [MSE]
+
+
+def fit_variation(rows: Rows) -> Fit | None:
+    """The total variation: it has no agreement, for its gradient jumps there."""
+    grid = torch.linspace(math.log(0.3), math.log(150), 50, dtype=torch.float64)
+    pairs = torch.cat([torch.cartesian_prod(grid, grid), grid.repeat_interleave(10)[:, None].expand(-1, 2)])
+    triples = torch.cat([torch.cat([pairs, pairs[:, :1] + math.log(share)], -1) for share in (1.0, 0.5, 0.2)])
+
+    def with_hard_at_1(logs: Tensor) -> Tensor:
+        return torch.cat([logs.exp(), torch.ones_like(logs[:, :1])], -1)
+
+    found = _fit_shape(rows, _VARIATION, pairs, with_hard_at_1)
+    return found or (_fit_shape(rows, _VARIATION, triples, torch.exp) if rows.labels is not None else None)
+
+
+def fit_hard(rows: Rows) -> Fit | None:
+    """A loss without a soft term."""
+
+    def left(numbers: Sequence[float]) -> tuple[Tensor, Tensor]:
+        columns = hard_columns(rows, torch.tensor(numbers, dtype=torch.float64).exp())
+        weights, residual = solve(torch.stack([x.flatten(1) for x in columns], -1), rows.gradient)
+        return weights[0], residual[0]
+
+    for start in (1.0, 0.4, 3.0, 10.0):
+        numbers = [0.0] if start == 1 else minimised(lambda x: left(x)[1], [math.log(start)])
+        weights, residual = left(numbers)
+        if residual.norm() < EXACT:
+            temperature = nice(math.exp(numbers[0]))
+            hard, smoothing, problem = read_hard(weights.tolist(), temperature, rows.student.shape[-1])
+            return Fit(1.0, 1.0, None, 0.0, hard, temperature, smoothing, problem)
+    return None
 
 
 def weights_of(rows: Rows, fitted: Fit) -> tuple[float, float, float]:
@@ -121,28 +144,14 @@ def weights_of(rows: Rows, fitted: Fit) -> tuple[float, float, float]:
         temperatures = torch.tensor([[fitted.temperature, fitted.teacher_temperature]], dtype=torch.float64)
         columns.append(_soft_gradient(rows, temperatures, fitted.divergence)[0])
     if rows.labels is not None and fitted.hard:
-        q, own, one = _hard_columns(rows, torch.tensor([fitted.hard_temperature], dtype=torch.float64))
+        q, own, one = hard_columns(rows, torch.tensor([fitted.hard_temperature], dtype=torch.float64))
         smoothing = fitted.label_smoothing
         columns.append((q - (1 - smoothing) * own - smoothing * one / rows.student.shape[-1])[0])
         columns[-1] /= fitted.hard_temperature
-    weights, residual = _solve(torch.stack([x.flatten() for x in columns], -1)[None], rows.gradient)
+    weights, residual = solve(torch.stack([x.flatten() for x in columns], -1)[None], rows.gradient)
     both = weights[0].tolist()
     soft = both.pop(0) if fitted.divergence is not None else 0.0
     return soft, both[0] if both else 0.0, float(residual[0].norm())
-
-
-def nice(x: float, within: float = 3e-9) -> float:
-    """The shortest decimal within rounding of it; itself where there is none."""
-    for digits in range(1, 9):
-        short = float(f"{x:.{digits}g}")
-        if abs(short - x) <= (within if digits < 5 else 1e-10) * abs(x):  # many digits are near any number
-            return short
-    inverse = 1 / x if x else 0.0
-    for digits in range(1, 5):  # 1/3, 1/7
-        short = float(f"{inverse:.{digits}g}")
-        if short and abs(1 / short - x) <= within * abs(x):
-            return 1 / short
-    return x
 
 
 def _small(x: float, beside: float) -> bool:
@@ -163,146 +172,72 @@ def _soft_gradient(rows: Rows, temperatures: Tensor, divergence: Divergence) -> 
     return gradient
 
 
-def _hard_columns(rows: Rows, temperatures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of a cross entropy is of these, for temperatures [K]: [K, R, V] each."""
-    assert rows.labels is not None
-    q = torch.softmax(rows.student / temperatures[:, None, None], -1)
-    own = torch.nn.functional.one_hot(rows.labels, rows.student.shape[-1]).double().expand_as(q)
-    return q, own, torch.ones_like(q)
-
-
-def _solve(columns: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [K, m] of columns [K, R V, m], and what is left of the gradient in units of its norm: [K, R V]."""
-    scale = columns.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    target = (gradient / gradient.norm()).flatten()[None, :, None].expand(len(columns), -1, 1)
-    weights = torch.linalg.lstsq(columns / scale, target).solution
-    left = (columns / scale) @ weights - target
-    return (weights[..., 0] / scale[:, 0]) * gradient.norm(), left[..., 0]
-
-
-def _columns(rows: Rows, shape: Shape, temperatures: Tensor, hard: Tensor, parameters: Sequence[float]) -> Tensor:
-    parts = [_soft_gradient(rows, temperatures, part) for part in shape.parts(*parameters)]
+def _columns(rows: Rows, shape: Shape, temperatures: Tensor, parameters: Sequence[float]) -> Tensor:
+    """For temperatures [K, 3] of the student, the teacher and the hard term."""
+    parts = [_soft_gradient(rows, temperatures[:, :2], part) for part in shape.parts(*parameters)]
     if rows.labels is not None:
-        parts += _hard_columns(rows, hard)
+        parts += hard_columns(rows, temperatures[:, 2])
     return torch.stack([x.flatten(1) for x in parts], -1)
 
 
-def _fit_shape(rows: Rows, shape: Shape, tied: bool) -> Fit | None:
-    """`tied`: the hard term is at the student's temperature, not at 1."""
-    ends = math.log(_COLDEST), math.log(_HOTTEST)
-    grid = torch.linspace(*ends, shape.temperatures, dtype=torch.float64)
-    same = torch.linspace(*ends, 10 * shape.temperatures, dtype=torch.float64)
-    pairs = torch.cat([torch.cartesian_prod(grid, grid), torch.stack([same, same], -1)]).exp()
+def _fit_shape(rows: Rows, shape: Shape, logs: Tensor, temperatures: Callable[[Tensor], Tensor]) -> Fit | None:
+    """`temperatures` makes of numbers [K, n], from a grid `logs`, those of student, teacher and hard term: [K, 3]."""
+    count = logs.shape[-1]
 
-    def solved(temperatures: Tensor, parameters: Sequence[float]) -> tuple[Tensor, Tensor]:
-        of_hard = temperatures[:, 0] if tied else torch.ones_like(temperatures[:, 0])
-        return _solve(_columns(rows, shape, temperatures, of_hard, parameters), rows.gradient)
+    def solved(triples: Tensor, parameters: Sequence[float]) -> tuple[Tensor, Tensor]:
+        return solve(_columns(rows, shape, triples, parameters), rows.gradient)
 
     def solved_at(numbers: Sequence[float]) -> tuple[Tensor, Tensor]:
-        weights, left = solved(torch.tensor([numbers[:2]], dtype=torch.float64), numbers[2:])
+        weights, left = solved(torch.tensor([numbers[:3]], dtype=torch.float64), numbers[3:])
         return weights[0], left[0]
 
     def numbers_of(unbounded: Sequence[float]) -> list[float]:
-        return [*map(math.exp, unbounded[:2]), *shape.parameters(unbounded[2:])]
+        triple = temperatures(torch.tensor([unbounded[:count]], dtype=torch.float64))[0]
+        return [*triple.tolist(), *shape.parameters(unbounded[count:])]
 
     starts = []
     for parameters in shape.starts:
-        left = solved(pairs, parameters)[1].norm(dim=-1)
-        for k in left.argsort()[:6].tolist():
-            starts.append((float(left[k]), [*pairs[k].log().tolist(), *shape.within(parameters)]))
+        left = solved(temperatures(logs), parameters)[1].norm(dim=-1)
+        for k in left.argsort()[:3].tolist():
+            starts.append((float(left[k]), [*logs[k].tolist(), *shape.within(parameters)]))
     for _, start in sorted(starts)[:6]:
         numbers = numbers_of(minimised(lambda x: solved_at(numbers_of(x))[1], start))
         weights, left = solved_at(numbers)
         if left.norm() < EXACT:
             # At a high temperature some of them hardly matter. So short ones are tried in their place.
-            short = [nice(x, 1e-6) for x in numbers]
-            short[1] = short[0] if abs(short[1] / short[0] - 1) < 1e-6 else short[1]
+            student, *others = (nice(x, 1e-6) for x in numbers)
+            short = [student, *(student if abs(x / student - 1) < 1e-6 else x for x in others[:2]), *others[2:]]
             again, left = solved_at(short)
             if left.norm() < 1e-11:
                 numbers, weights = short, again
-            return _read(rows, shape, numbers, weights.tolist(), tied)
+            return _read(rows, shape, numbers, weights.tolist())
     return None
 
 
-def _read(rows: Rows, shape: Shape, numbers: Sequence[float], weights: list[float], tied: bool) -> Fit:
-    temperature, teacher_temperature, *parameters = map(nice, numbers)
+def _read(rows: Rows, shape: Shape, numbers: Sequence[float], weights: list[float]) -> Fit:
+    temperature, teacher_temperature, hard_temperature, *parameters = map(nice, numbers)
     count = len(shape.parts(*parameters))
     divergence, soft = shape.whole(parameters, weights[:count])
     why_not = "" if divergence is not None else f"{shape.name}, but in proportions that none of them has"
-    hard, hard_temperature, smoothing = 0.0, 1.0, 0.0
+    hard, smoothing = 0.0, 0.0
     if rows.labels is not None:
-        hard_temperature = temperature if tied else 1.0
-        hard, smoothing, problem = _read_hard(weights[count:], hard_temperature, rows.student.shape[-1])
+        hard, smoothing, problem = read_hard(weights[count:], hard_temperature, rows.student.shape[-1])
         why_not = why_not or problem
     return Fit(temperature, teacher_temperature, divergence, soft, hard, hard_temperature, smoothing, why_not)
 
 
-def _read_hard(weights: list[float], temperature: float, vocabulary: int) -> tuple[float, float, str]:
-    """Weight and label smoothing of a cross entropy that has these weights of its columns."""
-    of_q, of_own, of_one = weights
-    smoothing = 1 + of_own / of_q if of_q else 0.0
-    smoothing = 0.0 if abs(smoothing) < 1e-7 else nice(smoothing)
-    consistent = abs(of_one * vocabulary + smoothing * of_q) < 1e-6 * abs(of_q)
-    problem = "" if consistent and 0 <= smoothing <= 1 else "a term that depends on labels, but is no cross entropy"
-    return of_q * temperature, smoothing, problem
-
-
-def _fit_mse(rows: Rows) -> Fit | None:
+def _fit_mse(rows: Rows, hard_temperature: float) -> Fit | None:
     """Its gradient is linear in both logits: their temperatures are in the weights, and only their ratio matters."""
     for centred in (True, False):
         size = rows.student.shape[-1]
         both = [x - x.mean(-1, keepdim=True) * centred for x in (rows.student, rows.teacher)]
-        hard = list(_hard_columns(rows, torch.ones(1, dtype=torch.float64))) if rows.labels is not None else []
+        of_hard = torch.tensor([hard_temperature], dtype=torch.float64)
+        hard = list(hard_columns(rows, of_hard)) if rows.labels is not None else []
         columns = torch.stack([x.flatten() for x in (*both, *hard)], -1)[None]
-        weights, residual = _solve(columns, rows.gradient)
+        weights, residual = solve(columns, rows.gradient)
         of_s, of_t, *others = weights[0].tolist()
         if residual[0].norm() < EXACT and of_s > 0 > of_t:
-            own, smoothing, problem = _read_hard(others, 1.0, size) if others else (0.0, 0.0, "")
+            own, smoothing, problem = read_hard(others, hard_temperature, size) if others else (0.0, 0.0, "")
             ratio = nice(-of_s / of_t)
-            return Fit(1.0, ratio, LogitMSE(centred), of_s * size, own, 1.0, smoothing, problem)
+            return Fit(1.0, ratio, LogitMSE(centred), of_s * size, own, hard_temperature, smoothing, problem)
     return None
-
-
-def _fit_hard(rows: Rows) -> Fit | None:
-    def left(numbers: Sequence[float]) -> tuple[Tensor, Tensor]:
-        columns = _hard_columns(rows, torch.tensor(numbers, dtype=torch.float64).exp())
-        weights, residual = _solve(torch.stack([x.flatten(1) for x in columns], -1), rows.gradient)
-        return weights[0], residual[0]
-
-    if rows.labels is None:
-        return None
-    for start in (1.0, 0.4, 3.0, 10.0):
-        numbers = [0.0] if start == 1 else minimised(lambda x: left(x)[1], [math.log(start)])
-        weights, residual = left(numbers)
-        if residual.norm() < EXACT:
-            temperature = nice(math.exp(numbers[0]))
-            hard, smoothing, problem = _read_hard(weights.tolist(), temperature, rows.student.shape[-1])
-            return Fit(1.0, 1.0, None, 0.0, hard, temperature, smoothing, problem)
-    return None
-
-
-def minimised(residual: Callable[[Sequence[float]], Tensor], start: Sequence[float], steps: int = 40) -> list[float]:
-    """Levenberg and Marquardt, with derivatives from differences."""
-    x = torch.tensor(start, dtype=torch.float64)
-    value, damping = residual(x.tolist()), 1e-3
-    for _ in range(steps):
-        if value.norm() < 1e-13:
-            break
-        step = 1e-6
-        moved = [residual((x + step * torch.eye(len(x), dtype=torch.float64)[i]).tolist()) for i in range(len(x))]
-        jacobian = torch.stack([(m - value) / step for m in moved], -1)
-        normal, slope = jacobian.T @ jacobian, jacobian.T @ value
-        for _ in range(6):
-            move = torch.linalg.lstsq(normal + damping * torch.diag(normal.diagonal() + 1e-12), -slope).solution
-            after = (x + move.clamp(-1, 1)).clamp(-6, 6)
-            there = residual(after.tolist())
-            if there.norm() < value.norm():
-                better = 1 - float(there.norm() / value.norm())
-                x, value, damping = after, there, damping / 10
-                break
-            damping *= 10
-        else:
-            break
-        if better < 0.01 and value.norm() > 1e-6:  # it has come to rest, and not at 0
-            break
-    return x.tolist()

@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from fused_kd.identification.answer import Answer
 from fused_kd.identification.labels import LabelUse
 from fused_kd.identification.probe import Data, Loss, random_data
+from fused_kd.loss import FusedKDLoss
 
 VOCABULARY = 7  # of the smallest inputs
 EQUAL = 1e-9  # value and gradient, in units of them
+
+_DEPTHS = (300.0, -300.0, 1000.0)  # float64 rounds exp(-1000) to 0, as float32 does exp(-104)
 
 # How labels that are ignored and a mask may go together.
 PADDING = (
@@ -19,6 +23,18 @@ PADDING = (
     "labels are ignored ones where the mask is 0, and nowhere else",
     "no label is an ignored one: the mask says it all",
 )
+
+
+class Proof(NamedTuple):
+    """Differences of value or gradient, in units of them."""
+
+    worst: float
+    far: float  # where probabilities are small, as far as the loss is finite there
+    finite: bool  # whether it is
+
+    @property
+    def largest(self) -> float:
+        return max(self.worst, self.far)
 
 
 def fresh(
@@ -54,15 +70,36 @@ def fresh(
     return result
 
 
-def prove(loss: Loss, answer: Answer, positions: Sequence[int], use: LabelUse, padding: str = PADDING[0]) -> float:
-    """The largest difference on inputs of other shapes, two of them with a vocabulary that no top 100 fills."""
+def prove(loss: Loss, answer: Answer, positions: Sequence[int], use: LabelUse, padding: str = PADDING[0]) -> Proof:
+    """On inputs of other shapes, two of them with a vocabulary that no top 100 fills, and with columns far below."""
     shapes = [p + 3 for p in positions], [1, *(p + 2 for p in positions[1:])]
     inputs = [data for shape in shapes for data in fresh(shape, use, answer, padding)]
-    return difference(loss, answer, inputs + fresh(shapes[0], use, answer, padding, seeds=(53, 54), vocabulary=1009))
+    inputs += fresh(shapes[0], use, answer, padding, seeds=(53, 54), vocabulary=1009)
+    worst = difference(loss, answer, inputs)
+    deep = [_with_depth(x, answer, depth) for depth in _DEPTHS for x in fresh(shapes[0], use, answer, padding)]
+    others = [difference(loss, answer, [data]) for data in deep]
+    far = max((x for x in others if not math.isnan(x)), default=0.0)
+    return Proof(math.inf if math.isnan(worst) else worst, far, not any(map(math.isnan, others)))
+
+
+def _with_depth(data: Data, answer: Answer, depth: float) -> Data:
+    """Probabilities of about exp(-depth) in a third of the columns, others of the student's than of the teacher's. For
+    a negative depth in all but a third, the same of both: else there would be hardly any gradient.
+
+    It shows an epsilon beside probabilities, or a clamp of them, of logits or of the loss.
+    """
+    options = FusedKDLoss(**answer.options).options
+    temperature = options.temperature / options.student_logit_scale
+    teacher_temperature = (options.teacher_temperature or options.temperature) / options.teacher_logit_scale
+    student, teacher = data.student * max(1.0, temperature) / 9, data.teacher * max(1.0, teacher_temperature) / 9
+    flat = 3 * (options.student_softcap or math.inf) / options.student_logit_scale  # no further up, for the same reason
+    student[..., 0::3] -= max(depth * temperature, -flat)
+    teacher[..., 1 if depth > 0 else 0 :: 3] -= depth * teacher_temperature
+    return data.but(student=student, teacher=teacher)
 
 
 def difference(loss: Loss, answer: Answer, inputs: list[Data]) -> float:
-    """The largest of value and gradient, in units of them."""
+    """The largest of value and gradient, in units of them; NaN where those of `loss` are not finite."""
     worst = 0.0
     for data in inputs:
         generator = torch.Generator().manual_seed(7)
@@ -74,7 +111,8 @@ def difference(loss: Loss, answer: Answer, inputs: list[Data]) -> float:
         value, gradient = answer.call(data, upstream)
         for x, y in ((value, theirs.value), (gradient, theirs.gradient)):
             off, size = float((x - y).norm()), float(y.norm())
-            if math.isnan(off):
-                return math.inf
-            worst = max(worst, off / size if size else math.inf if off else 0.0)
+            if not y.isfinite().all():
+                return math.nan
+            off = math.inf if math.isnan(off) else off / size if size else off and math.inf
+            worst = max(worst, off)
     return worst

@@ -1,8 +1,8 @@
 """The search for the FusedKDLoss that somebody's loss is, for logits of one kind: [B, T, V] or [N, V]."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from fused_kd.divergences import CrossEntropy, ForwardKL, LogitMSE, TotalVariation
 from fused_kd.identification import report as say
+from fused_kd.identification.agreement import Agreement, agreement
 from fused_kd.identification.answer import Answer, weight_options
-from fused_kd.identification.fit import Fit, Rows, fit, minimised, nice, weights_of
+from fused_kd.identification.caps import over_uncapped, recapped, student_rate, teacher_rate, uncapped
+from fused_kd.identification.fit import Fit, fit, fit_hard, fit_variation, weights_of
+from fused_kd.identification.hard import EXACT, Rows, nice
 from fused_kd.identification.labels import LabelUse, label_use
 from fused_kd.identification.probe import Data, Loss, ProbeError, Reading, random_data
 from fused_kd.identification.proof import EQUAL, PADDING, VOCABULARY, difference, fresh, prove
 from fused_kd.identification.report import Report
-from fused_kd.reference import hard_term, soft_term
+from fused_kd.identification.values import parts_of, with_teacher_temperature
 
 _MORE = {"batch": 3, "length": 3, "vocabulary": 4}  # how much larger the inputs get that show a reduction
 
@@ -30,10 +33,11 @@ class Search:
 
     def __init__(self, loss: Loss, layout: str, positions: tuple[int, ...]) -> None:
         self.loss, self.layout, self.positions = loss, layout, positions
-        self.found = Report(layouts=[layout])
+        self.found = Report(layouts=[layout], arguments={x.name: x.role for x in loss.parameters})
         self.view, self.padding = "", PADDING[0]
         self.use = LabelUse.none(VOCABULARY)
         self.shift = self.has_soft = False
+        self.rates = (0.0, 0.0)  # the softcaps of student and teacher, as caps.py has them
 
     def worth(self) -> tuple[bool, bool]:
         return self.found.proved, self.found.answer is not None
@@ -44,6 +48,7 @@ class Search:
             self._find_labels()
             self._find_shift()
             self._find_teacher()
+            self._find_caps()
             fitted = self._compare_values(self._fit())
             self._choose_and_prove(self._reduction(fitted))
         except _Unlike as unlike:
@@ -54,14 +59,17 @@ class Search:
             self.found.ruled_out.append(f"its numbers are out of range: {error}")
         if self.loss.rounds:
             self.found.notes.append(say.ROUNDS)
+        if self.loss.overwritten:
+            self.found.habits.append(say.OVERWRITES.format(names=" and ".join(sorted(self.loss.overwritten))))
         return self.found
 
-    def _data(self, *, seed: int, batch: int = 0, length: int = 0, vocabulary: int = 0) -> Data:
+    def _data(self, *, seed: int, batch: int = 0, length: int = 0, vocabulary: int = 0, scale: float = 1.0) -> Data:
         """Labels that have a term; so many more of each dimension than the smallest."""
         positions = list(self.positions)
         positions[0] += batch
         positions[-1] += length
-        return random_data(*positions, VOCABULARY + vocabulary, seed=seed, classes=self.use.ordinary)
+        scale = 2 / max(1 / scale, *(2 * rate for rate in self.rates))  # beyond a softcap everything is flat
+        return random_data(*positions, VOCABULARY + vocabulary, seed=seed, scale=scale, classes=self.use.ordinary)
 
     def _rows(self, data: Data, reading: Reading) -> Rows:
         student, teacher, labels, gradient = data.student, data.teacher, data.labels, reading.gradient
@@ -69,6 +77,8 @@ class Search:
             student, teacher, gradient = (x[..., :-1, :] for x in (student, teacher, gradient))
             labels = labels[..., 1:]
         student, teacher, gradient = (x.flatten(0, -2) for x in (student, teacher, gradient))
+        gradient = over_uncapped(gradient, student, self.rates[0])
+        student, teacher = uncapped(student, self.rates[0]), uncapped(teacher, self.rates[1])
         return Rows(student, teacher, labels.flatten() if self.use.hard else None, gradient)
 
     def _check_positions(self) -> None:
@@ -77,8 +87,10 @@ class Search:
         reading = self.loss(data)
         if not (reading.value.isfinite().all() and reading.gradient.isfinite().all()):
             raise _Unlike("it is NaN or infinite on ordinary logits")
-        if not torch.equal(self.loss(data).gradient, reading.gradient):
-            raise _Unlike("the same input has another gradient the next time")
+        again = self.loss(data)
+        for what, x, y in (("gradient", again.gradient, reading.gradient), ("value", again.value, reading.value)):
+            if not torch.equal(x, y):
+                raise _Unlike(f"the same input has another {what} the next time")
         twice = self.loss(data, torch.full_like(reading.value, 2.0)).gradient
         if (twice - 2 * reading.gradient).norm() > EQUAL * reading.gradient.norm():
             raise _Unlike("its backward ignores what it is multiplied by: half of it trains as much as all of it")
@@ -90,7 +102,10 @@ class Search:
             logits[at] += 0.7
             after = self.loss(data.but(**{name: logits})).gradient
             changed = ((after - reading.gradient).abs() > 1e-11 * reading.gradient.abs().max()).nonzero()
-            dimensions |= {d for d in range(changed.shape[1] - 1) if (changed[:, d] != at[d]).any()}
+            elsewhere = {d for d in range(changed.shape[1] - 1) if (changed[:, d] != at[d]).any()}
+            if elsewhere and _proportional(after, reading.gradient, at[:-1]):
+                raise _Unlike(say.NO_SUM)
+            dimensions |= elsewhere
         if dimensions:
             axes = " and ".join(map(str, sorted(dimensions)))
             self.found.habits.append(say.WRONG_DIMENSION.format(axes=axes, dimensions=data.student.dim()))
@@ -122,15 +137,84 @@ class Search:
         if first.teacher_gradient is not None and first.teacher_gradient.abs().max() > 0:
             self.found.habits.append(say.TEACHER_GRADIENT)
 
+    def _find_caps(self) -> None:
+        def seen(teacher: Tensor) -> Tensor:
+            reading = self.loss(data.but(teacher=teacher))
+            pairs = ((reading.value, first.value), (reading.gradient, first.gradient))
+            return torch.cat([x.flatten() / (float(of_first.norm()) or 1) for x, of_first in pairs])
+
+        found = 0.0, 0.0
+        sizes = [0.5, 0.5]  # of the logits: where no cap is flat, then where it is seen best
+        for _ in range(2):
+            data = self._data(seed=9)
+            teacher = sizes[1] * (data.teacher.abs() + 1)
+            data = data.but(student=sizes[0] * data.student, teacher=teacher)
+            first = self.loss(data)
+            rows = self._rows(data, first)
+            of_student = student_rate(rows.student, rows.gradient)
+            of_teacher = teacher_rate(seen, teacher) if self.has_soft else 0.0
+            if of_student is None or of_teacher is None:
+                break
+            found = of_student, of_teacher
+            if not any(found):
+                break
+            sizes = [0.3 / rate if rate else 0.5 for rate in found]
+        self.rates = found
+
+    def _agreement(self, scale: float) -> Agreement | None:
+        data = self._data(seed=10, scale=scale)
+        of_student, of_teacher = self.rates
+        z = uncapped(data.student, of_student)
+        largest = float(z.abs().max())
+
+        def rows(scale: float, ratio: float) -> Rows:
+            student, teacher = recapped(scale * z, of_student), recapped(ratio * scale * z, of_teacher)
+            changed = data.but(student=student, teacher=teacher)
+            return self._rows(changed, self.loss(changed))
+
+        @cache
+        def without(scale: float) -> Tensor:
+            return rows(scale, 0.0).gradient
+
+        def at(ratio: float) -> tuple[Rows, Tensor]:
+            scale = min(1.0, 0.9 / (of_teacher * ratio * largest + 1e-9))  # the teacher's are under its softcap
+            return rows(scale, ratio), without(scale)
+
+        return agreement(at)
+
     def _fit(self) -> Fit:
         data = self._data(seed=5)
-        fitted, ruled_out = fit(self._rows(data, self.loss(data)), self.has_soft)
+        reading = self.loss(data)
+        rows = self._rows(data, reading)
+        ruled_out: list[str] = []
+        if not self.has_soft:
+            fitted = fit_hard(rows)
+        elif self._is_flat(data, reading):
+            fitted = fit_variation(rows)
+        else:
+            agreed = self._agreement(1.0) or (self._agreement(3.0) if self.use.hard else None)
+            if agreed is None:
+                raise _Unlike(
+                    "its gradient is that of no divergence here plus a cross entropy: at no temperatures is it that of "
+                    "the latter alone where student and teacher are the same, with softcaps or without"
+                )
+            fitted, ruled_out = fit(rows, agreed)
+            if fitted is None:  # it may be hot
+                wide = self._data(seed=5, scale=16.0)
+                fitted, ruled_out = fit(self._rows(wide, self.loss(wide)), agreed)
         if fitted is None:
-            self.found.ruled_out += [f"{name}: at no temperature and with no weights" for name in ruled_out]
+            self.found.ruled_out += [
+                f"{name}: at no temperature and with no weights, with softcaps or without" for name in ruled_out
+            ]
             raise _Unlike("its gradient is that of no divergence here plus a cross entropy")
         if fitted.why_not:
             raise _Unlike(fitted.why_not)
         return fitted
+
+    def _is_flat(self, data: Data, reading: Reading) -> bool:
+        """The total variation's gradient does not change with a teacher that hardly does."""
+        after = self.loss(data.but(teacher=data.teacher * (1 + 1e-6))).gradient
+        return bool((after - reading.gradient).norm() < 1e-13 * reading.gradient.norm())
 
     def _compare_values(self, fitted: Fit) -> Fit:
         """Which of two divergences with the same gradient it is; and whether the value belongs to the gradient."""
@@ -139,8 +223,8 @@ class Search:
         rows = [self._rows(*pair) for pair in zip(inputs, readings, strict=True)]
         values = torch.stack([reading.value.sum() for reading in readings])
         if isinstance(fitted.divergence, TotalVariation):
-            fitted = _with_teacher_temperature(fitted, rows, values)
-        parts = torch.stack([_parts(x, fitted) for x in rows])  # [M, 4]: soft, hard, the teacher's entropy, 1
+            fitted = with_teacher_temperature(fitted, rows, values)
+        parts = torch.stack([parts_of(x, fitted) for x in rows])  # [M, 4]: soft, hard, the teacher's entropy, 1
         left = values - parts[:, :2] @ torch.tensor([fitted.soft, fitted.hard], dtype=torch.float64)
         if left.norm() <= EQUAL * values.norm():
             return fitted
@@ -220,17 +304,25 @@ class Search:
         if fitted.label_smoothing:
             options["label_smoothing"] = fitted.label_smoothing
         if own != 1:
-            options["student_logit_scale"] = 1 / own
+            options["student_logit_scale"] = nice(1 / own)
             habits.append(say.HARD_TEMPERATURE.format(temperature=own))
         if fitted.divergence is not None:
             options["divergence"] = fitted.divergence
-            if temperature != teacher_temperature:
-                options["teacher_temperature"] = teacher_temperature
+            if temperature == teacher_temperature:
+                if own != 1:
+                    options["teacher_logit_scale"] = nice(1 / own)
+            else:
+                if teacher_temperature != options["temperature"]:
+                    options["teacher_temperature"] = teacher_temperature
                 one_side = 1 in (temperature, teacher_temperature) and not isinstance(fitted.divergence, LogitMSE)
                 text = say.ONE_SIDE if one_side else say.TWO_TEMPERATURES
                 habits.append(text.format(student=temperature, teacher=teacher_temperature))
-            elif own != 1:
-                options["teacher_logit_scale"] = 1 / own
+        for side, rate in zip(("student", "teacher"), self.rates, strict=True):
+            if rate:
+                options[f"{side}_softcap"] = nice(options.get(f"{side}_logit_scale", 1.0) / rate)
+        softcaps = options.get("student_softcap"), options.get("teacher_softcap")
+        if self.has_soft and softcaps[0] != softcaps[1]:
+            habits.append(say.TWO_SOFTCAPS.format(student=softcaps[0], teacher=softcaps[1]))
         options |= weight_options(soft, hard, options["temperature"], bool(per_length or per_vocabulary))
         if soft and options["temperature"] != 1 and not options.get("t2_scaling", True):
             habits.append(say.NO_SQUARE)
@@ -258,19 +350,29 @@ class Search:
                 small = fresh(self.positions, self.use, way, padding, seeds=(40, 41, 44))
                 if difference(self.loss, way, small) <= EQUAL:
                     found.answer, self.padding = way, padding
-                    found.worst = prove(self.loss, way, self.positions, self.use, padding)
-                    if found.worst > EQUAL:
+                    proof = prove(self.loss, way, self.positions, self.use, padding)
+                    found.worst = proof.largest
+                    if not proof.finite:
+                        found.habits.append(say.NOT_FINITE)
+                    if not proof.worst <= EQUAL:
                         found.ruled_out.append("on fresh inputs it is something else")
+                    elif not proof.far <= EQUAL:
+                        found.ruled_out.append(say.OTHERWISE_IF_SMALL)
                     found.proved = not found.ruled_out
                     self._describe(way)
                     return
         found.answer = answer
-        if difference(self.loss, answer, [self._data(seed=seed) for seed in (42, 43)]) <= EQUAL:
+        if found.ruled_out:
+            return
+        counted = answer.but(weights=False)  # with every position a label and no mask
+        if difference(self.loss, counted, [self._data(seed=seed) for seed in (42, 43)]) > EQUAL:
+            found.ruled_out.append("on fresh inputs it is something else")
+        elif difference(self.loss, counted, fresh(self.positions, self.use, counted, PADDING[3])) <= EQUAL:
             found.ruled_out.append(
                 "what it makes of labels that are ignored, or of a mask; where every position counts it is equal"
             )
-        elif not found.ruled_out:
-            found.ruled_out.append("on fresh inputs it is something else")
+        else:
+            found.ruled_out.append(say.OTHERWISE_IF_SMALL)
 
     def _describe(self, way: Answer) -> None:
         found = self.found
@@ -287,6 +389,13 @@ class Search:
         elif self.use.used and self.use.ignored is None:
             found.notes.append(say.NONE_IGNORED)
         found.notes += self.use.notes
+
+
+def _proportional(one: Tensor, other: Tensor, position: tuple[int, ...]) -> bool:
+    """Whether two gradients are so at all positions but one."""
+    one, other = one.clone(), other.clone()
+    one[position] = other[position] = 0
+    return bool((one - (one * other).sum() / (other * other).sum() * other).norm() < EXACT * one.norm())
 
 
 def _power(before: float, after: float, growth: float, name: str) -> int:
@@ -308,39 +417,6 @@ def _view(shape: torch.Size, positions: torch.Size) -> str:
         if ("transpose" not in view or len(positions) == 2) and Answer.seen(numbers, view).shape == shape:
             return view
     raise _Unlike(f"for positions {tuple(positions)} it returns a tensor of shape {tuple(shape)}")
-
-
-def _parts(rows: Rows, fitted: Fit) -> Tensor:
-    """Sums over the rows: the divergence, the cross entropy, the teacher's entropy, and 1."""
-    soft, hard = torch.zeros(2, dtype=torch.float64)
-    temperature, teacher_temperature = fitted.temperature, fitted.teacher_temperature
-    if fitted.divergence is not None:
-        soft = soft_term(
-            rows.student,
-            rows.teacher,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            divergence=fitted.divergence,
-        ).sum()
-    if rows.labels is not None:
-        logits = rows.student / fitted.hard_temperature
-        hard = hard_term(logits, rows.labels, label_smoothing=fitted.label_smoothing).sum()
-    log_p = torch.log_softmax(rows.teacher / teacher_temperature, -1)
-    return torch.stack([soft, hard, -(log_p.exp() * log_p).sum(), torch.ones((), dtype=torch.float64)])
-
-
-def _with_teacher_temperature(fitted: Fit, rows: list[Rows], values: Tensor) -> Fit:
-    """From the values: the total variation's gradient depends on it by which p are greater than q, and no further."""
-
-    def left(numbers: Sequence[float]) -> Tensor:
-        changed = replace(fitted, teacher_temperature=math.exp(numbers[0]))
-        parts = torch.stack([_parts(x, changed) for x in rows])
-        result: Tensor = (values - parts[:, 0] * fitted.soft - parts[:, 1] * fitted.hard) / values.norm()
-        return result
-
-    starts = [math.log(fitted.teacher_temperature), math.log(fitted.temperature), 0.0]
-    best = min((minimised(left, [start]) for start in starts), key=lambda numbers: float(left(numbers).norm()))
-    return replace(fitted, teacher_temperature=nice(math.exp(best[0])))
 
 
 def _close(x: float, y: float) -> bool:
