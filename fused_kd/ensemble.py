@@ -88,7 +88,7 @@ def _log_sum(x: Tensor) -> Tensor:
 
 def pieces(sizes: Sequence[int], rows: int) -> Iterator[tuple[tuple[int | slice, ...], slice]]:
     """The rows of a tensor [*sizes, ...] in their order, in views of at most so many, or of one: what indexes each, and
-    which of all rows it has."""
+    which of all rows it has. Where there are none, one view of none."""
     axis, inner = len(sizes), 1
     if math.prod(sizes) == 0:
         axis = inner = 0

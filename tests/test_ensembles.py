@@ -175,6 +175,7 @@ def test_pieces(sizes: tuple[int, ...]) -> None:
     rows = torch.arange(math.prod(sizes)).reshape(sizes)
     for limit in (1, 2, 4, 5, 8, 12, 100):
         found: list[int] = []
+        assert list(pieces(sizes, limit))  # one of nothing, too
         for index, span in pieces(sizes, limit):
             piece = rows[index]
             assert piece.numel() <= limit
