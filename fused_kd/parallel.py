@@ -305,10 +305,11 @@ def rows_forward(
         first = first._replace(label_smoothing=1.0)
     soft, hard, stats = capped.rows_forward(student, teacher, targets, kind, first)
     firsts = torch.zeros_like(targets)
-    first_column = _logits_at(student, firsts, options.caps[:2])
+    first_column = _logits_at(student, firsts, options.caps[:2], stats.dtype)
     _say_nothing(stats, STUDENT_MAX, (STUDENT_SUM, HARD_SUM), first_column)
     if options.soft:
-        _say_nothing(stats, TEACHER_MAX, (TEACHER_SUM,), _logits_at(teacher[0], firsts, options.caps[2:]))
+        of_teacher = _logits_at(teacher[0], firsts, options.caps[2:], stats.dtype)
+        _say_nothing(stats, TEACHER_MAX, (TEACHER_SUM,), of_teacher)
     sent: dict[int | str, Tensor] = {}
     if options.soft:
         needed: tuple[int, ...] = _OF_LOGIT_MSE if isinstance(divergence, LogitMSE) else _OF_SOFT
@@ -318,7 +319,7 @@ def rows_forward(
     if options.hard:
         sent |= {"hard": hard} | {i: stats[:, i] for i in _OF_HARD}
         if smoothed:
-            logit = _logits_at(student, targets.clamp(min=0), options.caps[:2]).to(stats.dtype)
+            logit = _logits_at(student, targets.clamp(min=0), options.caps[:2], stats.dtype)
             nll = pytorch.label_loss(stats[:, MISS] * stats[:, HARD_SUM], stats[:, STUDENT_MAX] - logit)
             sent |= {"hard": nll, "logit": logit, "above mean": hard}
     received = _gathered(torch.stack(list(sent.values())), ranks.group).to(exact_dtype(student.device))
@@ -354,10 +355,10 @@ def _term_sums(
     return torch.cat(sums, 1)
 
 
-def _logits_at(logits: Tensor, columns: Tensor, caps: tuple[float, ...]) -> Tensor:
+def _logits_at(logits: Tensor, columns: Tensor, caps: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """One of each row, [N]."""
     found = logits.gather(-1, columns.view(*logits.shape[:-1], 1)).flatten()
-    return capped.Cap(*caps).of(found) if caps else found
+    return capped.Cap(*caps).of(found, dtype) if caps else found.to(dtype)
 
 
 def _say_nothing(stats: Tensor, point: int, sums: tuple[int, ...], first_column: Tensor) -> None:
