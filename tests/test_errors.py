@@ -9,7 +9,7 @@ from support import INF, NOT_IN_MEMORY, make_logits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_kd import FusedKDLoss, fused_kd_loss, ops
+from fused_kd import FusedKDLoss, FusedLinearKDLoss, fused_kd_loss, ops
 from fused_kd.backends.rows import STATS, RowOptions
 from fused_kd.divergences import JSD, Divergence
 
@@ -168,6 +168,9 @@ def test_an_option_that_is_set_is_checked_as_at_construction() -> None:
 
     with pytest.raises(AttributeError, match=r"temperature is an option .* none before super\(\).__init__"):
         Early()
+    for name in ("temperature", "chunk_rows"):
+        with pytest.raises(AttributeError, match=f"{name} is an option .* none before"):
+            getattr(FusedLinearKDLoss.__new__(FusedLinearKDLoss), name)
 
 
 OPERATORS: dict[Any, tuple[str, ...]] = {
