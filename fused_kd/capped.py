@@ -3,7 +3,7 @@
     z = softcap tanh(scale logit / softcap)      dz/dlogit = scale (1 - (z / softcap)^2)
 
 or z = scale logit, without a softcap; as Gemma 2 has it (Gemma Team, 2024, "Gemma 2: Improving Open Language Models at
-a Practical Size", section 2). They are written for a few rows at a time, in float32 at least, and are the logits of the
+a Practical Size", section 2). They are written for a few rows at a time, in the loss's dtype, and are the logits of the
 verbs; the gradient over them becomes the logits' own. Where `RowOptions.caps` is empty nothing of this happens.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import teachers
-from fused_kd.backends.rows import RowOptions
+from fused_kd.backends.rows import RowOptions, row_dtype
 from fused_kd.ensemble import piece_rows, pieces
 from fused_kd.taught import TaughtRows, Teacher
 
@@ -25,8 +25,8 @@ class Cap(NamedTuple):
     scale: float
     softcap: float  # infinite where there is none
 
-    def of(self, logits: Tensor) -> Tensor:
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    def of(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        z = logits.to(dtype)
         return z * self.scale if self.softcap == _NONE else (z * (self.scale / self.softcap)).tanh_().mul_(self.softcap)
 
     def slope(self, z: Tensor) -> Tensor | float:
@@ -94,12 +94,12 @@ def _caps(options: RowOptions) -> tuple[Cap, Cap]:
 def pieces_of(rows: TaughtRows) -> Iterator[tuple[TaughtRows, tuple[int | slice, ...], slice]]:
     """A few rows at a time, of capped logits and without caps; what indexes them, and which of all rows they are."""
     of_student, of_teacher = _caps(rows.options)
-    kind, tensors = rows.teacher
-    first = len(tensors) - len(teachers.logits_of(rows.teacher))
+    (kind, tensors), logits = rows.teacher, teachers.logits_of(rows.teacher)
+    first, dtype = len(tensors) - len(logits), row_dtype(rows.student, *logits)
     for index, span in pieces(rows.student.shape[:-1], piece_rows(rows.student)):
         views = [x[index] for x in tensors]
-        teacher = Teacher(kind, [*views[:first], *(of_teacher.of(x) for x in views[first:])])
-        z = of_student.of(rows.student[index])
+        teacher = Teacher(kind, [*views[:first], *(of_teacher.of(x, dtype) for x in views[first:])])
+        z = of_student.of(rows.student[index], dtype)
         backend = teachers.backend_name(rows.options.backend, z, teacher, rows.options.divergence)
         options = rows.options._replace(caps=(), backend=backend)
         yield TaughtRows(z, teacher, rows.targets[span], options), index, span

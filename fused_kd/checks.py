@@ -64,7 +64,7 @@ def check_columns(name: str, logits: Tensor) -> None:
 
 
 def check_student(student: Tensor, options: KDOptions) -> None:
-    _check_logits("student_logits", student)
+    check_logits("student_logits", student)
     check_leading("student_logits", student, options)
 
 
@@ -75,7 +75,7 @@ def check_leading(name: str, student: Tensor, options: KDOptions) -> None:
         raise ValueError(f"{option} needs {name} [..., T, any], got {tuple(student.shape)}")
 
 
-def _check_logits(name: str, logits: object) -> Tensor:
+def check_logits(name: str, logits: object) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}; a model's output has .logits")
     check_columns(name, logits)
@@ -84,7 +84,7 @@ def _check_logits(name: str, logits: object) -> Tensor:
 
 def check_teacher_logits(name: str, given: object, student: Tensor, options: KDOptions) -> Tensor:
     """The teacher's logits that are given under this name."""
-    teacher = _check_logits(name, given)
+    teacher = check_logits(name, given)
     if student.shape != teacher.shape:
         shapes = f"student_logits {tuple(student.shape)}, {name} {tuple(teacher.shape)}"
         if student.shape[:-1] != teacher.shape[:-1]:
@@ -133,7 +133,9 @@ def check_weights(weights: Tensor | None, student: Tensor, readable: bool) -> Te
     return torch.where(fits, weights, torch.nan)
 
 
-def check_num_items(num_items: float | Tensor | None, student: Tensor, options: KDOptions) -> float | Tensor | None:
+def check_num_items(
+    num_items: float | Tensor | None, student: Tensor, options: KDOptions, readable: bool
+) -> float | Tensor | None:
     if num_items is None:
         return None
     if options.reduction != "mean":
@@ -143,15 +145,21 @@ def check_num_items(num_items: float | Tensor | None, student: Tensor, options: 
         )
     if not isinstance(num_items, Tensor):
         num_items = number("num_items", num_items, "a number or a tensor")
-        if not 0 <= num_items < float("inf"):
-            raise ValueError(f"num_items must be finite and at least 0, got {num_items}")
+        _check_count(num_items)
         return num_items
     check_dense("num_items", num_items)
     if num_items.numel() != 1:
         raise ValueError(f"num_items must have one element, got the shape {tuple(num_items.shape)}")
     if num_items.device != student.device and (num_items.dim() > 0 or num_items.device.type != "cpu"):
         raise ValueError(f"num_items must be on the logits' device {student.device}, got {num_items.device}")
+    if readable:
+        _check_count(num_items.item())
     return num_items
+
+
+def _check_count(num_items: float) -> None:
+    if not 0 <= num_items < float("inf"):
+        raise ValueError(f"num_items must be finite and at least 0, got {num_items}")
 
 
 def check_teacher_weights(

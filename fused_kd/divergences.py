@@ -211,12 +211,16 @@ _BY_NAME: dict[object, Divergence] = {name: DIVERGENCES[name]() for name in get_
 
 
 def divergence_of(value: object) -> Divergence:
-    """The object that `value` is or names. Raises ValueError for an unknown name."""
-    if isinstance(value, Divergence):
+    """The object that `value` is or names. Raises ValueError for an unknown name, and for what is not in the list:
+    the operators know a divergence by its name and parameters."""
+    if isinstance(value, Divergence) and type(value) in DIVERGENCES.values():
         return value
     if not isinstance(value, str) or value not in _BY_NAME:
-        kind = DIVERGENCES.get(value) if isinstance(value, str) else None
-        needs = f"; {value!r} has no defaults, pass {kind.__name__}(...)" if kind else ""
+        needs = ""
+        if isinstance(value, str) and value in DIVERGENCES:
+            needs = f"; {value!r} has no defaults, pass {DIVERGENCES[value].__name__}(...)"
+        elif value in DIVERGENCES.values():
+            needs = f"; pass {value.__name__}(...)"  # type: ignore[attr-defined]
         raise ValueError(
             f"divergence must be one of {', '.join(map(repr, _BY_NAME))} or an object of fused_kd.divergences, "
             f"got {value!r}{needs}"

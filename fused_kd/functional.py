@@ -200,7 +200,7 @@ def compute(
     readable = eager and student_logits.device.type == "cpu"  # values, and without waiting for them
     teacher = teacher_of(student_logits, teacher_logits, teacher_weights, options, readable)
     check_labels(labels, student_logits, options)
-    num_items = check_num_items(num_items, student_logits, options)
+    num_items = check_num_items(num_items, student_logits, options, readable)
     weights = check_weights(weights, student_logits, readable)
     if options.inplace:
         check_inplace(student_logits, teacher.tensors)

@@ -133,7 +133,7 @@ def compute_linear(
     readable = eager and like.device.type == "cpu"
     teacher = teacher_of(like, teacher_logits, teacher_weights, options, readable, name)
     check_labels(labels, like, options)
-    num_items = check_num_items(num_items, like, options)
+    num_items = check_num_items(num_items, like, options, readable)
     weights = check_weights(weights, like, readable)
     divergence = divergence_of(options.divergence)
     if eager:

@@ -27,12 +27,12 @@ class _Loss(torch.nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The options by their names: `loss_fn.temperature`."""
-        return getattr(self._options_for(name), name) if name in OPTIONS else super().__getattr__(name)
+        return getattr(self._held("options", name), name) if name in OPTIONS else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`loss_fn.temperature = 3.0`: checked as at construction, and what the next call takes."""
         if name in OPTIONS:
-            options = replace(self._options_for(name), **{name: value})
+            options = replace(self._held("options", name), **{name: value})
             self._check(options)
             self.options = options
         else:
@@ -41,12 +41,11 @@ class _Loss(torch.nn.Module):
     def _check(self, options: KDOptions) -> None:
         """Raises for options that this loss does not have."""
 
-    def _options_for(self, name: str) -> KDOptions:
-        options = self.__dict__.get("options")
-        if options is None:
+    def _held(self, options: str, name: str) -> Any:
+        """The attribute `options`, which has this name."""
+        if options not in self.__dict__:
             raise AttributeError(f"{name} is an option of the loss, which has none before super().__init__(...)")
-        assert isinstance(options, KDOptions)
-        return options
+        return self.__dict__[options]
 
     def extra_repr(self) -> str:
         changed: dict[str, Any] = {
@@ -153,11 +152,12 @@ class FusedLinearKDLoss(_Loss):
         check_linear(self.linear, self.options)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["linear"], name) if name in LinearOptions._fields else super().__getattr__(name)
+        fields = LinearOptions._fields
+        return getattr(self._held("linear", name), name) if name in fields else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in LinearOptions._fields:
-            linear = self.linear._replace(**{name: value})
+            linear = self._held("linear", name)._replace(**{name: value})
             check_linear(linear, self.options)
             self.linear = linear
         else:

@@ -203,6 +203,7 @@ def kd_loss(
         student, tensors = student[..., :vocabulary], [x.detach()[..., :vocabulary] for x in teachers]
         if len(tensors) > 1:
             tensors = [mean_logits(tensors, teacher_weights, ensemble=ensemble, temperature=teacher_temperature)]
+    shift = shift and student.shape[-2] > 0
     if shift:
         student, tensors = student[..., :-1, :], [x[..., :-1, :] for x in tensors]
         labels = None if labels is None else labels[..., 1:]
@@ -230,7 +231,9 @@ def kd_loss(
         hard = hard_term(student[labelled], y[labelled], label_smoothing=label_smoothing)
 
     if reduction == "none":
-        rows = student.new_zeros(len(y)).index_put((counted,), factor * w[counted] * soft if alpha > 0 else 0 * soft)
+        rows = student.new_zeros(len(y)) + student[:0].sum()  # 0, with a graph
+        if alpha > 0:
+            rows = rows.index_put((counted,), factor * w[counted] * soft)
         if hard_weight > 0:
             rows = rows.index_put((labelled,), rows[labelled] + hard_weight * w[labelled] * hard)
         rows = rows.reshape(positions)
@@ -239,10 +242,10 @@ def kd_loss(
     def term(values: Tensor, rows: Tensor) -> Tensor:
         total = (w[rows] * values).sum()
         if num_items is not None:
-            return total / num_items
+            return total / (num_items or 1)
         if reduction == "mean":
             return total / w[rows].sum() if rows.any() else total
-        return total / student_logits.shape[0] if reduction == "batchmean" else total
+        return total / max(1, student_logits.shape[0]) if reduction == "batchmean" else total
 
     loss = student[:0].sum()  # 0, with a graph
     if alpha > 0:

@@ -13,6 +13,7 @@ on the other columns, and the gradient there, need the row verbs: REST of `fused
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -37,7 +38,7 @@ from fused_kd.backends.rows import (
     in_range,
     row_dtype,
 )
-from fused_kd.checks import check_columns, check_dense
+from fused_kd.checks import check_dense, check_logits
 from fused_kd.divergences import (
     AlphaBeta,
     CrossEntropy,
@@ -106,10 +107,11 @@ class SparseTeacher:
 
         Computed in float64, a few rows at a time. Raises ValueError or TypeError for what does not fit.
         """
-        check_columns("teacher_logits", teacher_logits)
+        check_logits("teacher_logits", teacher_logits)
         columns = teacher_logits.shape[-1]
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= columns:
+        if isinstance(k, bool) or not isinstance(k, numbers.Integral) or not 1 <= k <= columns:
             raise ValueError(f"k must be an int from 1 to the vocabulary's size {columns}, got {k!r}")
+        k = int(k)
         check_temperature("temperature", number("temperature", temperature))
         shape = (*teacher_logits.shape[:-1], k)
         ids = teacher_logits.new_empty(shape, dtype=torch.int64)

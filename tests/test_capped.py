@@ -58,6 +58,18 @@ def test_options(dtype: torch.dtype, options: dict[str, Any]) -> None:
     checked(student.to(dtype), teacher.to(dtype), make_labels(3, 5, vocabulary=501), **ALL, **options)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_loss_in_float64_is_exact_to_that(several: bool, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    student, teacher = (x.to(dtype) for x, dtype in zip(make_logits("wide", 3, 5, 501), dtypes, strict=True))
+    labels = make_labels(3, 5, vocabulary=501)
+    teachers: Any = [teacher, teacher * 2] if several else teacher
+    loss, gradient, expected, exact = both(student, teachers, labels, **ALL)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    bound = 1e-12 if student.dtype == torch.float64 else 1e-7
+    assert (gradient.double() - exact).norm() <= bound * exact.norm()
+
+
 @pytest.mark.parametrize("ensemble", ["arithmetic", "geometric"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_teachers(dtype: torch.dtype, ensemble: str) -> None:

@@ -9,10 +9,16 @@ from support import INF, NOT_IN_MEMORY, make_logits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_kd import FusedKDLoss, fused_kd_loss, ops
+from fused_kd import FusedKDLoss, FusedLinearKDLoss, fused_kd_loss, ops
 from fused_kd.backends.rows import STATS, RowOptions
+from fused_kd.divergences import JSD, Divergence
 
 NAN = float("nan")
+
+
+class Own(Divergence):
+    name = "own"
+
 
 S, T, Y = torch.randn(2, 3, 10), torch.randn(2, 3, 10), torch.zeros(2, 3, dtype=torch.int64)
 
@@ -38,6 +44,9 @@ OPTIONS = [
         r"got 'alpha_beta'; 'alpha_beta' has no defaults, pass AlphaBeta\(...\)",
     ),
     ({"divergence": 0.5}, ValueError, "or an object of fused_kd.divergences, got 0.5"),
+    ({"divergence": JSD}, ValueError, r"got <class .*JSD'>; pass JSD\(\.\.\.\)"),
+    ({"divergence": Divergence()}, ValueError, r"or an object of fused_kd.divergences, got Divergence\(\)"),
+    ({"divergence": Own()}, ValueError, r"or an object of fused_kd.divergences, got Own\(\)"),
     ({"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', 'batchmean', got 'avg'"),
     ({"vocab_mismatch": "pad"}, ValueError, "vocab_mismatch must be one of 'error', 'truncate', got 'pad'"),
     ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
@@ -81,6 +90,8 @@ CALLS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((S, T, Y), {"num_items": -1}, ValueError, "num_items must be finite and at least 0, got -1"),
     ((S, T, Y), {"num_items": "7"}, TypeError, "num_items must be a number or a tensor, got '7' of type str"),
     ((S, T, Y), {"num_items": torch.ones(2)}, ValueError, r"num_items must have one element, got the shape \(2,\)"),
+    ((S, T, Y), {"num_items": torch.tensor(-4)}, ValueError, "num_items must be finite and at least 0, got -4"),
+    ((S, T, Y), {"num_items": torch.tensor(NAN)}, ValueError, "num_items must be finite and at least 0, got nan"),
     ((S, T, Y), {"num_items": 7, "reduction": "sum"}, ValueError, "num_items replaces the denominator.*'sum'"),
     ((S, T, Y), {"backend": "gpu"}, ValueError, "backend must be one of 'auto', .*'torch', got 'gpu'"),
 ]
@@ -157,6 +168,9 @@ def test_an_option_that_is_set_is_checked_as_at_construction() -> None:
 
     with pytest.raises(AttributeError, match=r"temperature is an option .* none before super\(\).__init__"):
         Early()
+    for name in ("temperature", "chunk_rows"):
+        with pytest.raises(AttributeError, match=f"{name} is an option .* none before"):
+            getattr(FusedLinearKDLoss.__new__(FusedLinearKDLoss), name)
 
 
 OPERATORS: dict[Any, tuple[str, ...]] = {

@@ -161,3 +161,21 @@ def test_identical_logits_are_zero(backend: str) -> None:
     loss = fused_kd_loss(student, student.detach(), alpha=1.0, backend=backend)
     assert float(loss.detach()) == 0
     assert math.isclose(float(torch.autograd.grad(loss, student)[0].abs().max()), 0)
+
+
+def test_nothing_counts() -> None:
+    empty, labels = torch.zeros(0, 5, dtype=torch.float64, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    for options in ({}, {"reduction": "batchmean"}, {"num_items": 0}):
+        loss = kd_loss(empty, empty, labels, **options)  # type: ignore[arg-type]
+        assert loss == 0
+        assert torch.autograd.grad(loss, empty)[0].shape == (0, 5)
+    nowhere = torch.zeros(2, 0, 5, dtype=torch.float64)
+    assert kd_loss(nowhere, nowhere, alpha=1.0, shift=True, reduction="none").shape == (2, 0)
+
+
+def test_the_soft_term_has_no_part_without_a_weight() -> None:
+    student, teacher = (x.double() for x in make_logits("wide", 4, 20))
+    student[:, 3] = -math.inf  # the divergence is infinite
+    labels = torch.tensor([0, 1, 2, 4])
+    expected = cross_entropy(student, labels, reduction="none")
+    torch.testing.assert_close(kd_loss(student, teacher, labels, alpha=0.0, reduction="none"), expected)

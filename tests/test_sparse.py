@@ -425,7 +425,7 @@ def test_from_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "_PIECE", 100)
     _, teacher = make_logits("wide", 3, 4, 50)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        top = SparseTeacher.from_logits(teacher.to(dtype), 7, 2.0, "both")
+        top = SparseTeacher.from_logits(teacher.to(dtype), np.int64(7), np.float32(2), "both")  # type: ignore[arg-type]
         exact = torch.log_softmax(teacher.to(dtype).double() / 2, -1)
         assert top.ids.shape == (3, 4, 7)
         assert top.missing == "both"
@@ -616,6 +616,7 @@ MADE: list[tuple[Any, type[Exception], str]] = [
     (lambda: SparseTeacher.from_logits(S, 11), ValueError, "k must be an int from 1 to .* 10, got 11"),
     (lambda: SparseTeacher.from_logits(S, 2, 0.0), ValueError, "temperature must be finite and greater than 0"),
     (lambda: SparseTeacher.from_logits(S.long(), 2), TypeError, "teacher_logits must be float32"),
+    (lambda: SparseTeacher.from_logits([S], 2), TypeError, "teacher_logits must be a tensor, got list"),  # type: ignore[arg-type]
 ]
 
 

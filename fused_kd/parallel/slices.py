@@ -23,6 +23,7 @@ from fused_kd.backends.rows import (
     RowOptions,
     check_targets,
     exact_dtype,
+    row_dtype,
     with_itself,
 )
 from fused_kd.divergences import Divergence, ForwardKL, LogitMSE, ReverseKL, with_parameters
@@ -30,7 +31,7 @@ from fused_kd.families import Linear
 from fused_kd.parallel.merging import Found
 from fused_kd.parallel.ranks import Ranks
 from fused_kd.taught import LOGITS, TaughtRows, Teacher
-from fused_kd.teachers import backend_name
+from fused_kd.teachers import backend_name, logits_of
 
 # What a rank sends of a row: the term, and what the terms of all are put together from.
 _OF_SOFT = (STUDENT_MAX, TEACHER_MAX, STUDENT_SUM, TEACHER_SUM, LOG_RATIO)
@@ -171,6 +172,10 @@ class Slice(NamedTuple):
         return self.rows._replace(options=o)
 
     @property
+    def _dtype(self) -> torch.dtype:
+        return row_dtype(self.rows.student, *logits_of(self.rows.teacher))
+
+    @property
     def _sparse(self) -> bool:
         return self.rows.teacher.kind in sparse.MISSING
 
@@ -194,16 +199,16 @@ class Slice(NamedTuple):
 
     def _first_of_student(self) -> Tensor:
         """The logits in the first column, [N]."""
-        return _logits_at(self.rows.student, torch.zeros_like(self.owner), self.rows.options.caps[:2])
+        return _logits_at(self.rows.student, torch.zeros_like(self.owner), self.rows.options.caps[:2], self._dtype)
 
     def _first_of_teacher(self) -> Tensor:
         """Likewise, or those of several combined."""
         (kind, tensors), o, firsts = self.rows.teacher, self.rows.options, torch.zeros_like(self.owner)
         if kind == LOGITS:
-            return _logits_at(tensors[0], firsts, o.caps[2:])
+            return _logits_at(tensors[0], firsts, o.caps[2:], self._dtype)
         weights, *teachers = tensors
         weights = weights.reshape(len(firsts), weights.shape[-1])
-        each = [_logits_at(x, firsts, o.caps[2:]).unsqueeze(1) for x in teachers]
+        each = [_logits_at(x, firsts, o.caps[2:], self._dtype).unsqueeze(1) for x in teachers]
         mean = ensemble.combined(each, weights, kind, o.teacher_temperature, weights.dtype, level=False)
         return mean.squeeze(1)
 
@@ -233,7 +238,8 @@ class Slice(NamedTuple):
         if o.hard:
             sent |= {"hard": hard} | {i: stats[:, i] for i in _OF_HARD}
             if o.label_smoothing > 0:
-                logit = _logits_at(self.rows.student, self.rows.targets.clamp(min=0), o.caps[:2]).to(stats.dtype)
+                labels = self.rows.targets.clamp(min=0)
+                logit = _logits_at(self.rows.student, labels, o.caps[:2], stats.dtype)
                 nll = pytorch.label_loss(stats[:, MISS] * stats[:, HARD_SUM], stats[:, STUDENT_MAX] - logit)
                 sent |= {"hard": nll, "logit": logit, "above mean": hard}
         return sent
@@ -257,10 +263,10 @@ class Slice(NamedTuple):
         return capped.in_pieces(terms, rows, stats)[0]
 
 
-def _logits_at(logits: Tensor, columns: Tensor, caps: tuple[float, ...]) -> Tensor:
+def _logits_at(logits: Tensor, columns: Tensor, caps: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """One of each row, [N]."""
     found = logits.gather(-1, columns.view(*logits.shape[:-1], 1)).flatten()
-    return capped.Cap(*caps).of(found) if caps else found
+    return capped.Cap(*caps).of(found, dtype) if caps else found.to(dtype)
 
 
 def _say_nothing(stats: Tensor, point: int, sums: tuple[int, ...], first_column: Tensor) -> None:
