@@ -12,6 +12,8 @@ from typing import ClassVar, Literal, get_args
 from fused_kd.families import AlphaBetaFamily, Family, Linear, Mixture, Variation
 from fused_kd.real_numbers import number
 
+_LEAST = 1e-6
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -34,10 +36,14 @@ class Divergence:
         return None
 
     def _between(self, name: str, low: float, high: float, instead: str) -> None:
-        value = getattr(self, name)
+        value, kind = getattr(self, name), type(self).__name__
         if not low < value < high:
-            kind = type(self).__name__
             raise ValueError(f"{kind}: {name} must be between {low} and {high}, got {value}; {instead}")
+        if not low + _LEAST <= value <= high - _LEAST:
+            raise ValueError(
+                f"{kind}: {name} must be at least {_LEAST} from {low} and {high}, where float32 can follow it, got "
+                f"{value}; {instead}"
+            )
 
 
 @dataclass(frozen=True)

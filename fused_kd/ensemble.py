@@ -150,7 +150,7 @@ def rows_forward(rows: TaughtRows) -> tuple[Tensor, Tensor, Tensor]:
     student, (_, tensors), targets, options = rows
     soft, hard, stats = new_results(student, targets, row_dtypes(student, tensors))
     # All of them: in a piece a row has another number.
-    check_targets(LogitRows(student, common_columns(student, tensors[1:]), targets, options))
+    check_targets(LogitRows(student, stand_in(student, tensors[1:]), targets, options))
     for backend, piece, _, span in combined_rows(rows):
         soft[span], hard[span], stats[span] = backend.rows_forward(piece)
     return soft, hard, stats
@@ -185,7 +185,7 @@ def rows_log_sums(rows: TaughtRows) -> tuple[Tensor]:
     return (torch.cat(found),)
 
 
-def common_columns(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
+def stand_in(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
     """One of the teachers, in float64 if one is, cut to the columns that all have."""
     columns = min(x.shape[-1] for x in (student, *teachers))
     return max(teachers, key=lambda x: x.dtype == torch.float64)[..., :columns]
@@ -197,7 +197,7 @@ def combined_rows(rows: TaughtRows) -> Iterator[tuple[Backend, LogitRows, tuple[
     student, (kind, (weights, *teachers)), targets, options = rows
     level = with_parameters(options.divergence, options.parameters) == LogitMSE(centred=False)
     backend = backend_for(options.backend, student, rows.teacher.tensors, options.divergence)
-    dtype, columns = combined_dtype(student, teachers), common_columns(student, teachers).shape[-1]
+    dtype, columns = combined_dtype(student, teachers), stand_in(student, teachers).shape[-1]
     for index, span in pieces(student.shape[:-1], piece_rows(student[..., :columns])):
         views = [x[..., :columns][index] for x in teachers]
         logits = combined(views, weights[index], kind, options.teacher_temperature, dtype, level)

@@ -1,6 +1,7 @@
 """The loss as a function of hidden states and heads, whose logits are never held as a whole."""
 
 import numbers
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -166,7 +167,7 @@ def compute_linear(
         linear.recompute or not summed,
         summed,
         options.entropies,
-        None if linear.chunk_rows is None else int(linear.chunk_rows),
+        None if linear.chunk_rows is None else min(int(linear.chunk_rows), sys.maxsize),
         _autocast(like.device),
         *rows,
         symbolic,

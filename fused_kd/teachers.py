@@ -71,12 +71,13 @@ def teacher_of(
     if len(tensors) == 1:
         return Teacher(LOGITS, tensors)
     if not (options.has_soft or options.entropies):  # they will not be read
-        return Teacher(LOGITS, (ensemble.common_columns(student, tensors),))
+        return Teacher(LOGITS, (ensemble.stand_in(student, tensors),))
     dtype = exact_dtype(student.device)
     if not isinstance(shares, Tensor):
         # (Each number as a filled tensor: a copy from the CPU would make a GPU wait.)
         shares = torch.stack([torch.ones((), dtype=dtype, device=student.device) * share for share in shares])
     shares = shares.detach().to(dtype)
+    shares = shares / shares.amax()  # the sum of large ones would be infinite
     shares = (shares / shares.sum()).expand(*student.shape[:-1], -1)
     return Teacher(options.ensemble, (shares, *tensors))
 

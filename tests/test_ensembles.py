@@ -225,6 +225,14 @@ def test_the_same_teacher_twice_is_that_teacher(dtype: torch.dtype, kind: str) -
     assert (twice[1] - once[1]).norm() <= 4e-3 * once[1].norm()
 
 
+def test_only_the_ratio_of_weights_counts() -> None:
+    student, teachers = make_teachers("wide", 3, 200)
+    for one, other in zip(
+        rows_of(student, teachers[:2], teacher_weights=[1e308, 1e308]), rows_of(student, teachers[:2]), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("kind", ENSEMBLES)
 def test_rows_of_a_teacher_without_weight_are_not_looked_at(kind: str) -> None:
     student, (first, second, third) = make_teachers("wide", 3, 200)

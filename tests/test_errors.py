@@ -256,6 +256,11 @@ ROW_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"divergence": "jsd", "parameters": (0.5, 0.5)}, r"parameters of divergence 'jsd' must be beta, got \(0.5, 0.5\)"),
     ({"divergence": "jsd", "parameters": (1.0,)}, "JSD: beta must be between 0 and 1, got 1.0"),
+    ({"divergence": "jsd", "parameters": (1e-320,)}, "JSD: beta must be at least 1e-06 from 0 and 1"),
+    (
+        {"divergence": "alpha_beta", "parameters": (1e-7, 1e-7)},
+        "AlphaBeta: alpha must be at least 1e-06 from 0",
+    ),
     ({"label_smoothing": 1.1}, r"label_smoothing must be in \[0, 1\], got 1.1"),
     ({"label_smoothing": NAN}, r"label_smoothing must be in \[0, 1\], got nan"),
     ({"backend": "gpu"}, "backend must be one of 'auto', .*'torch', got 'gpu'"),

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fused_kd import fused_kd_loss, ops
 from fused_kd.backends import PREFERENCE
 from fused_kd.backends.rows import SKIP, LogitRows, RowOptions
-from fused_kd.divergences import DivergenceName
+from fused_kd.divergences import AlphaBeta, Divergence, DivergenceName
 
 ROWS, COLUMNS = 64, 2048
 
@@ -75,8 +75,12 @@ def test_allocations(layout: str, inplace: bool) -> None:
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the torch backend works through chunks: test_chunks_are_bounded")
-@pytest.mark.parametrize("divergence", ["reverse_kl", "symmetric_kl", "jsd", "skew_kl", "total_variation", "logit_mse"])
-def test_allocations_of_a_divergence(divergence: DivergenceName) -> None:
+@pytest.mark.parametrize(
+    "divergence",
+    ["reverse_kl", "symmetric_kl", "jsd", "skew_kl", "total_variation", "logit_mse", AlphaBeta(0.4, 0.8)],
+    ids=str,
+)
+def test_allocations_of_a_divergence(divergence: DivergenceName | Divergence) -> None:
     student, teacher, labels = logits_of("contiguous")
     with Allocations() as seen:
         loss = fused_kd_loss(student, teacher, labels, divergence=divergence, backend="cpu")
