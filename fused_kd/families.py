@@ -175,8 +175,11 @@ def column_terms(family: Family, at: Columns) -> tuple[Tensor, Tensor]:
     v, c = family.terms(TENSORS, at)
     if not family.reach:
         return v, c
-    of_value, of_gradient = near(family, 14 if d.dtype == torch.float64 else family.degree)
-    is_near, linear = d.abs() < family.reach, family.base(TENSORS, at) * d
+    reach, degree = family.reach, family.degree
+    if d.dtype == torch.float64:  # the expressions lose little until much closer to 0
+        reach, degree = reach / 32, 6
+    of_value, of_gradient = near(family, degree, reach)
+    is_near, linear = d.abs() < reach, family.base(TENSORS, at) * d
     v = torch.where(is_near, linear * d * _polynomial(of_value, d), v)
     return v, torch.where(is_near, linear * _polynomial(of_gradient, d), c)
 
@@ -189,7 +192,7 @@ def kernel_numbers(family: Family) -> tuple[float, ...]:
         return (*values, *(0.0,) * (number - len(values)))
 
     parameters = tuple(map(float, astuple(family)))  # type: ignore[call-overload]
-    of_value, of_gradient = near(family, family.degree) if family.reach else ((), ())
+    of_value, of_gradient = near(family, family.degree, family.reach) if family.reach else ((), ())
     return (*filled(parameters, 3), family.reach, *filled(of_value, 6), *filled(of_gradient, 6))
 
 
@@ -201,13 +204,13 @@ def _polynomial(coefficients: tuple[float, ...], d: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def near(family: Family, degree: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def near(family: Family, degree: int, reach: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The coefficients, the lowest first, of f(d) / d^2 and g(d) / d within the reach: least squares of the relative
     error at Chebyshev's points."""
     points = 2 * degree + 10
     with localcontext(Context(prec=40)):
         exact: Family = type(family)(*map(Decimal, astuple(family)))  # type: ignore[call-overload]
-        at = [Decimal(family.reach * math.cos(math.pi * (i + 0.5) / points)) for i in range(points)]
+        at = [Decimal(reach * math.cos(math.pi * (i + 0.5) / points)) for i in range(points)]
         one, zero = Decimal(1), Decimal(0)
         columns = [Columns(one, d.exp(), zero, d, d, d.exp() - 1) for d in at]
         terms = [(*exact.terms(DECIMALS, column), exact.base(DECIMALS, column)) for column in columns]

@@ -32,7 +32,7 @@ from fused_kd.divergences import (
     TotalVariation,
     divergence_of,
 )
-from fused_kd.families import DECIMALS, AlphaBetaFamily, Columns, Family, Linear, Mixture, near
+from fused_kd.families import DECIMALS, AlphaBetaFamily, Columns, Family, Linear, Mixture, column_terms, near
 from fused_kd.reference import kd_loss
 
 KINDS: list[Divergence] = [
@@ -305,18 +305,36 @@ FAMILIES: list[Family] = [
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=repr)
-@pytest.mark.parametrize(("degree", "bound"), [(5, 1e-6), (14, 5e-15)])
-def test_what_is_fitted(degree: int, bound: float, family: Family) -> None:
-    polynomials = near(family, degree)
+@pytest.mark.parametrize(("degree", "closer", "bound"), [(5, 1, 1e-6), (6, 32, 5e-15)])
+def test_what_is_fitted(degree: int, closer: int, bound: float, family: Family) -> None:
+    reach = family.reach / closer
+    polynomials = near(family, degree, reach)
     with localcontext(Context(prec=40)):
         exact: Any = type(family)(*map(Decimal, astuple(family)))  # type: ignore[call-overload]
         for i in range(1, 60):
-            d = Decimal(family.reach) * (Decimal(2 * i) / 61 - 1)
+            d = Decimal(reach) * (Decimal(2 * i) / 61 - 1)
             at = Columns(Decimal(1), d.exp(), Decimal(0), d, d, d.exp() - 1)
             base = exact.base(DECIMALS, at)
             for coefficients, value, power in zip(polynomials, exact.terms(DECIMALS, at), (2, 1), strict=True):
                 fitted = sum(Decimal(c) * d**n for n, c in enumerate(coefficients)) * d**power * base
                 assert abs(fitted / value - 1) < bound
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=repr)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+def test_terms_of_a_column(dtype: torch.dtype, bound: float, family: Family) -> None:
+    """Near and far: no d has terms that cancel."""
+    p = torch.full((400,), 0.25, dtype=dtype)
+    d = torch.cat([sign * torch.logspace(-9, 0.3, 200, dtype=dtype) for sign in (-1, 1)])
+    at = Columns(p, p * d.exp(), p.log(), p.log() + d, d, p * d.expm1())
+    found = column_terms(family, at)
+    with localcontext(Context(prec=40)):
+        exact: Any = type(family)(*map(Decimal, astuple(family)))  # type: ignore[call-overload]
+        for i, x in enumerate(map(Decimal, d.tolist())):
+            of_p, log_p = Decimal("0.25"), Decimal("0.25").ln()
+            column = Columns(of_p, of_p * x.exp(), log_p, log_p + x, x, of_p * (x.exp() - 1))
+            for values, value in zip(found, exact.terms(DECIMALS, column), strict=True):
+                assert abs(Decimal(float(values[i])) / value - 1) < bound
 
 
 @pytest.mark.parametrize(
