@@ -228,9 +228,12 @@ def alpha_beta_terms(column, of_p, of_q, of, at, SWITCHES: tl.constexpr):
 @triton.jit
 def variation_terms(column):
     p, q, d, _, _ = column
-    near = p * d * tl.fma(d, tl.fma(d, tl.fma(d, 1 / 24, 1 / 6), 0.5), 1.0)
-    change = tl.where(tl.abs(d) < 0.125, near, q - p)
-    return tl.abs(change), tl.where(d > 0, q, tl.where(d < 0, minus(q), 0.0))
+    near = p * d * tl.fma(d, tl.fma(d, 1 / 6, 0.5), 1.0)
+    change = tl.where(tl.abs(d) < 1 / 32, near, q - p)
+    # q with the sign of d: of comparisons there would be twice as many instructions.
+    sign = d.to(tl.int32, bitcast=True) & -0x80000000
+    signed = (q.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.abs(change), tl.where(d == 0, 0.0, signed)
 
 
 @triton.jit
