@@ -417,6 +417,23 @@ def test_an_encoder_decoder_whose_inputs_are_made_of_labels(name: str, loss_fn: 
         assert trainer.compute_loss(student, masked).item() == pytest.approx(expected.item(), rel=CURVE)
 
 
+def test_evaluation_where_it_generates(tmp_path: Path) -> None:
+    class Mine(DistillationMixin, transformers.Seq2SeqTrainer):  # type: ignore[misc]
+        pass
+
+    args = transformers.Seq2SeqTrainingArguments(
+        os.fspath(tmp_path), use_cpu=True, report_to=[], predict_with_generate=True, generation_max_length=9
+    )
+    found = []
+    for options in ({}, {"compute_metrics": lambda prediction: {"length": prediction.predictions.shape[1]}}):
+        models = encoder_decoder("bart", 1), encoder_decoder("bart", 2)
+        trainer = Mine(models[0], args, teacher=models[1], data_collator=collated, loss_fn=linear(), **options)
+        found.append(trainer.evaluate(examples(4)))
+    assert found[1]["eval_length"] > 0
+    for name in ("eval_loss", "eval_soft", "eval_hard"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=CURVE)
+
+
 def classifier(width: int, seed: int) -> Any:
     torch.manual_seed(seed)
     sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

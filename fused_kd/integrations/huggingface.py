@@ -216,7 +216,12 @@ class DistillationMixin:
         self, model: Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         with replaced(self, "_loss_only", prediction_loss_only):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+            loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        if loss is not None and not prediction_loss_only and getattr(self.args, "predict_with_generate", False):
+            # Where Seq2SeqTrainer generates, its loss is the model's own.
+            with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()  # type: ignore[attr-defined]
+        return loss, *rest
 
     # The parts of the loss: sums on the device, which are read when the Trainer reads the loss.
 
