@@ -597,8 +597,12 @@ def test_what_would_be_ignored_is_refused(
 
 def test_other_losses_and_the_model_itself_are_refused(tmp_path: Path) -> None:
     model = llama(16, 1)
-    with pytest.raises(ValueError, match="the model itself"):
-        DistillationTrainer(model, arguments(tmp_path), teacher=model)
+    wrapped = torch.nn.Sequential(model)  # as a model with adapters
+    for student, teacher in ((model, model), (wrapped, model), (model, wrapped)):
+        with pytest.raises(ValueError, match="the model itself"):
+            DistillationTrainer(student, arguments(tmp_path), teacher=teacher)
+    with pytest.raises(TypeError, match=r"teacher must be a torch.nn.Module, got str; load"):
+        DistillationTrainer(model, arguments(tmp_path), teacher="gpt2")
     with pytest.raises(TypeError, match="got function"):
         DistillationTrainer(model, arguments(tmp_path), teacher=model, loss_fn=eager_loss)
 

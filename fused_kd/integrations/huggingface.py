@@ -65,6 +65,8 @@ class DistillationMixin:
         teacher_device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(teacher, Module):
+            raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}; load the model first")
         # (Before the Trainer's constructor, which may already call what it overrides.)
         self.loss_fn = _checked(FusedLinearKDLoss() if loss_fn is None else deepcopy(loss_fn))
         self.teacher = teacher
@@ -74,8 +76,11 @@ class DistillationMixin:
         self._first_step = 0  # of those whose parts are summed
         super().__init__(*args, **kwargs)
         self._check_trainer()
-        if teacher is self.model:
-            raise ValueError("teacher is the model itself, which would learn nothing; pass a copy of it")
+        if teacher in [*self.model.modules()] or self.model in [*teacher.modules()]:
+            raise ValueError(
+                "teacher is the model itself, or one is a part of the other (as adapters are put into the model that "
+                "they are for), and would change with it; pass a copy"
+            )
         if getattr(self, "_loss_shifts_labels", False):
             self.loss_fn.shift = True
         self.loss_fn.return_parts, self.loss_fn.entropies = True, log_entropies
