@@ -90,10 +90,12 @@ def check_teacher_logits(name: str, given: object, student: Tensor, options: KDO
         if student.shape[:-1] != teacher.shape[:-1]:
             raise ValueError(f"{name} must have the student's leading shape, got {shapes}")
         if options.vocab_mismatch == "error":
-            raise ValueError(
-                f"{name} must have the student's vocabulary, got {shapes}; if the columns that both have mean "
-                'the same tokens, vocab_mismatch="truncate" compares those'
+            advice = (
+                'if the columns that both have mean the same tokens, vocab_mismatch="truncate" compares those'
+                if options.process_group is None
+                else "with process_group each rank must have the same columns of both"
             )
+            raise ValueError(f"{name} must have the student's vocabulary, got {shapes}; {advice}")
     if student.device != teacher.device:
         raise ValueError(
             f"{name} must be on the student's device, got student_logits on {student.device} and "

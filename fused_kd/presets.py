@@ -129,8 +129,8 @@ def modelopt(temperature: float = 1.0, reduction: Reduction = "mean", *, num_cla
 def megatron(temperature: float = 1.0, reverse: bool = False) -> FusedKDLoss:
     """ModelOpt's LogitsKLLoss for Megatron: the KL, or with `reverse` the reverse KL, of each token, no labels.
 
-    No temperature**2. Logits [s, b, V] give [s, b], which the original transposes: `.transpose(0, 1).contiguous()`. For
-    logits that are whole; a slice of the vocabulary a rank is no part of this.
+    No temperature**2. Logits [s, b, V] give [s, b], which the original transposes: `.transpose(0, 1).contiguous()`. Of
+    logits that are a slice of the vocabulary a rank, set `process_group`.
     """
     divergence: Divergence = ReverseKL() if reverse else ForwardKL()
     return FusedKDLoss(temperature, alpha=1.0, t2_scaling=False, divergence=divergence, reduction="none")

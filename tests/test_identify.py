@@ -437,9 +437,14 @@ def torchtune_symmetric(student_logits: Tensor, teacher_logits: Tensor, labels: 
     return 0.3 * next(both) + 0.7 * next(both)
 
 
-def top_k(student: Tensor, teacher: Tensor) -> Tensor:
-    ids = teacher.topk(min(100, teacher.shape[-1]), -1).indices
+def top_k(student: Tensor, teacher: Tensor, k: int = 100) -> Tensor:
+    ids = teacher.topk(min(k, teacher.shape[-1]), -1).indices
     return kl(student.gather(-1, ids), teacher.gather(-1, ids), 2.0).mean()
+
+
+def means_of_chunks(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    rows = (x.split(1024) for x in (kl(student, teacher, 2.0).flatten(), labels.flatten()))
+    return torch.stack([soft[y != -100].mean() for soft, y in zip(*rows, strict=True)]).mean()
 
 
 def clamped_labels(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -474,6 +479,14 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
         "",
     ),
     "top k": (top_k, "on fresh inputs"),
+    "top k, a large one": (functools.partial(top_k, k=2048), "on fresh inputs"),
+    "means of chunks": (means_of_chunks, "on fresh inputs"),
+    "a longest length": (lambda s, t: kl(s[:, :2048], t[:, :2048], 2.0).mean(), ""),
+    "an order alone": (lambda s, t: (F.softmax(s, -1).sort(-1)[0] - F.softmax(t, -1).sort(-1)[0]).abs().mean(), ""),
+    "two labels that mean none": (
+        lambda student, teacher, labels: kl(student, teacher, 2.0)[(labels != -100) & (labels != 0)].mean(),
+        "the labels [0] are ignored as well as -100",
+    ),
     "clamped labels": (clamped_labels, ""),
     "a negative weight": (lambda s, t, y: ce(s, y) - 0.1 * kl(s, t, 1.0).mean(), "negative weight"),
     "one shift": (

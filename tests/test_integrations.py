@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from fused_kd import FusedKDLoss, FusedLinearKDLoss
+from fused_kd import FusedKDLoss, FusedLinearKDLoss, presets
 
 transformers = pytest.importorskip("transformers", reason="needs transformers; pip install 'fused_kd[huggingface]'")
 pytest.importorskip("accelerate", reason="needs accelerate; pip install 'fused_kd[huggingface]'")
@@ -196,6 +196,18 @@ def test_logs_over_several_steps(tmp_path: Path) -> None:
         assert logs["loss"] == pytest.approx(ALPHA * TEMPERATURE**2 * logs["soft"] + (1 - ALPHA) * logs["hard"], 1e-5)
 
 
+def test_logs_of_a_run_that_goes_on_and_of_another(tmp_path: Path) -> None:
+    args = arguments(tmp_path, logging_steps=2, max_steps=5, save_strategy="steps", save_steps=2)
+    trainer, watch = trained(DistillationTrainer, args, loss_fn=linear())
+    for checkpoint in (os.fspath(tmp_path / "checkpoint-2"), None):
+        watch.logs.clear()
+        trainer.train(checkpoint)
+        assert len(watch.curve) == (1 if checkpoint else 2)
+        for logs in watch.logs[:-1]:
+            parts = ALPHA * TEMPERATURE**2 * logs["soft"] + (1 - ALPHA) * logs["hard"]
+            assert logs["loss"] == pytest.approx(parts, 1e-5)
+
+
 @pytest.mark.parametrize("options", [{"reduction": "batchmean"}, {"soft_on_ignored": True, "alpha": 1.0}])
 def test_accumulation_of_losses_that_are_not_over_labels(options: dict[str, Any], tmp_path: Path) -> None:
     """As many attended positions in each micro-batch, so that the mean of their means is that of all."""
@@ -369,6 +381,78 @@ def test_mixin_and_labels_that_are_left_out(tmp_path: Path) -> None:
     assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(float(of_all), rel=CURVE)
 
 
+def encoder_decoder(name: str, seed: int) -> Any:
+    torch.manual_seed(seed)
+    if name == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+        config = transformers.T5Config(vocab_size=VOCABULARY, dropout_rate=0.0, **sizes)
+    else:
+        sizes = {f"{part}_{what}": n for part in ("encoder", "decoder")
+                 for what, n in (("layers", 1), ("ffn_dim", 16), ("attention_heads", 2))}  # fmt: skip
+        config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=16, dropout=0.0, init_std=0.5, **sizes)
+    return transformers.AutoModelForSeq2SeqLM.from_config(config)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize(
+    "loss_fn", [linear(), FusedKDLoss(TEMPERATURE, alpha=ALPHA, soft_on_ignored=True)], ids=["linear", "soft"]
+)
+def test_an_encoder_decoder_whose_inputs_are_made_of_labels(name: str, loss_fn: Any, tmp_path: Path) -> None:
+    """As long as the encoder's inputs, so that its mask would fit."""
+    student, teacher = encoder_decoder(name, 1), encoder_decoder(name, 2)
+    trainer = DistillationTrainer(student, arguments(tmp_path), teacher=teacher, loss_fn=loss_fn)
+    inputs = collated(examples(4))
+    with torch.no_grad():
+        outputs, of_teacher = student.eval()(**inputs), teacher.eval()(**inputs)
+        options = {"soft_on_ignored": loss_fn.soft_on_ignored}
+        expected = FusedKDLoss(TEMPERATURE, alpha=ALPHA, **options)(outputs.logits, of_teacher.logits, inputs["labels"])
+        assert trainer.compute_loss(student, inputs).item() == pytest.approx(expected.item(), rel=CURVE)
+        assert set(inputs) == {"input_ids", "attention_mask", "labels"}
+        mask = inputs["labels"].ne(-100).long()
+        mask[0, -1] = 0
+        masked = dict(inputs, decoder_attention_mask=mask, decoder_input_ids=inputs["labels"].clamp(min=0))
+        of_both = [model(**masked).logits for model in (student, teacher)]
+        weights = mask.float() if loss_fn.soft_on_ignored else None
+        expected = FusedKDLoss(TEMPERATURE, alpha=ALPHA, **options)(*of_both, inputs["labels"], weights=weights)
+        assert trainer.compute_loss(student, masked).item() == pytest.approx(expected.item(), rel=CURVE)
+
+
+def test_evaluation_where_it_generates(tmp_path: Path) -> None:
+    class Mine(DistillationMixin, transformers.Seq2SeqTrainer):  # type: ignore[misc]
+        pass
+
+    args = transformers.Seq2SeqTrainingArguments(
+        os.fspath(tmp_path), use_cpu=True, report_to=[], predict_with_generate=True, generation_max_length=9
+    )
+    found = []
+    for options in ({}, {"compute_metrics": lambda prediction: {"length": prediction.predictions.shape[1]}}):
+        models = encoder_decoder("bart", 1), encoder_decoder("bart", 2)
+        trainer = Mine(models[0], args, teacher=models[1], data_collator=collated, loss_fn=linear(), **options)
+        found.append(trainer.evaluate(examples(4)))
+    assert found[1]["eval_length"] > 0
+    for name in ("eval_loss", "eval_soft", "eval_hard"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=CURVE)
+
+
+def classifier(width: int, seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=VOCABULARY, **sizes, num_labels=7, initializer_range=0.5)
+    return transformers.BertForSequenceClassification(config)
+
+
+def test_a_text_classifier(tmp_path: Path) -> None:
+    """Whose attention mask is one number a token, and whose logits are one row a text."""
+    inputs = collated(examples(4))
+    inputs["labels"] = torch.arange(4)
+    student, teacher = classifier(16, 1).eval(), classifier(24, 2).eval()
+    for loss_fn in (presets.huggingface_docs(0.3, 2.0), FusedKDLoss(2.0, alpha=0.3)):
+        trainer = DistillationTrainer(student, arguments(tmp_path), teacher=teacher, loss_fn=loss_fn)
+        with torch.no_grad():
+            expected = loss_fn(*(model(**inputs).logits for model in (student, teacher)), inputs["labels"])
+            assert trainer.compute_loss(student, inputs).item() == pytest.approx(expected.item(), rel=CURVE)
+
+
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 16,
@@ -444,6 +528,31 @@ class Custom(torch.nn.Module):
         return {"logits": self.after(self.head(self.embed(input_ids)))}
 
 
+class Tuples(Custom):
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        hidden = self.embed(input_ids)
+        return self.head(hidden), hidden
+
+
+def test_metrics_of_a_model_that_returns_tuples(tmp_path: Path) -> None:
+    shapes = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        shapes.append([x.shape for x in prediction.predictions])
+        return {}
+
+    rows = [{name: x.remainder(61) for name, x in row.items() if name != "attention_mask"} for row in examples(8)]
+    trainer = DistillationTrainer(
+        Tuples(lambda x: x),
+        arguments(tmp_path),
+        teacher=Tuples(lambda x: x),
+        data_collator=collated,
+        compute_metrics=metrics,
+    )
+    trainer.evaluate(rows)
+    assert shapes == [[(8, LENGTH, 61), (8, LENGTH, 8)]]
+
+
 def _masked(logits: Tensor) -> Tensor:
     return torch.where(torch.arange(61) < 50, logits, -1e9)
 
@@ -488,8 +597,12 @@ def test_what_would_be_ignored_is_refused(
 
 def test_other_losses_and_the_model_itself_are_refused(tmp_path: Path) -> None:
     model = llama(16, 1)
-    with pytest.raises(ValueError, match="the model itself"):
-        DistillationTrainer(model, arguments(tmp_path), teacher=model)
+    wrapped = torch.nn.Sequential(model)  # as a model with adapters
+    for student, teacher in ((model, model), (wrapped, model), (model, wrapped)):
+        with pytest.raises(ValueError, match="the model itself"):
+            DistillationTrainer(student, arguments(tmp_path), teacher=teacher)
+    with pytest.raises(TypeError, match=r"teacher must be a torch.nn.Module, got str; load"):
+        DistillationTrainer(model, arguments(tmp_path), teacher="gpt2")
     with pytest.raises(TypeError, match="got function"):
         DistillationTrainer(model, arguments(tmp_path), teacher=model, loss_fn=eager_loss)
 

@@ -529,6 +529,17 @@ def test_what_it_refuses(options: dict[str, Any], error: type[Exception], words:
     on_ranks(1, work)
 
 
+def test_slices_that_are_not_cut_alike() -> None:
+    """Nobody is sent to vocab_mismatch, which a slice does not have."""
+    student, teacher = make_logits("wide", 4, 60)
+
+    def work(_: int, group: Any) -> None:
+        with pytest.raises(ValueError, match="each rank must have the same columns of both$"):
+            fused_kd_loss(student, teacher[:, :-1], alpha=1.0, process_group=group)
+
+    on_ranks(1, work)
+
+
 @pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA library takes no tensors here")
 def test_a_backend_without_a_second_visit() -> None:
     student, teacher = make_logits("wide", 4, 60)

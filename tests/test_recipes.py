@@ -117,6 +117,16 @@ def test_lightning_keeps_the_teacher_out(lightning_module: Any) -> None:
     assert not teacher.training
 
 
+def test_lightning_steps_without_labels(lightning_module: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (ids, labels), *_ = recipe("tiny").token_batches(1)
+    monkeypatch.setattr(lightning_module, "token_batches", lambda _: [(ids, torch.full_like(labels, -100))])
+    before, _ = recipe("tiny").language_models()
+    module, _ = lightning_module.fit(steps=1)
+    assert module.curve == [0.0]
+    for now, then in zip(module.student.parameters(), before.parameters(), strict=True):
+        assert torch.equal(now, then)
+
+
 def test_lightning_moves_the_teacher(lightning_module: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module = lightning_module.Distillation(*recipe("tiny").language_models())
     monkeypatch.setattr(lightning_module.Distillation, "device", torch.device("meta"))

@@ -49,6 +49,7 @@ class Distillation(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         total, items = self.trainer.strategy.reduce(torch.stack(self._sums).sum(0), reduce_op="sum")
         self._sums = []
+        items = items.clamp(min=1)  # a step without any label is one of 0, and not of NaN
         for parameter in self.student.parameters():
             if parameter.grad is not None:
                 parameter.grad *= self.trainer.world_size / items  # DDP divides by the number of processes

@@ -25,6 +25,8 @@ def minimised(
         moved = [residual((x + step * torch.eye(len(x), dtype=torch.float64)[i]).tolist()) for i in range(len(x))]
         jacobian = torch.stack([(m - value) / step for m in moved], -1)
         normal, slope = jacobian.T @ jacobian, jacobian.T @ value
+        if not (normal.isfinite().all() and slope.isfinite().all()):
+            break
         for _ in range(6):
             move = torch.linalg.lstsq(normal + damping * torch.diag(normal.diagonal() + 1e-12), -slope).solution
             after = (x + move.clamp(-1, 1)).clamp(-limit, limit)

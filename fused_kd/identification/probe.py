@@ -227,6 +227,9 @@ def _orders(required: list[tuple[str, bool]], optional: list[str]) -> list[list[
             "and a mask. Bind the others: lambda student, teacher, labels: your_loss(student, teacher, labels, config)"
         )
     orders = [order for order in itertools.permutations(ROLES, len(required)) if {"student", "teacher"} <= {*order}]
+    # Labels are no mask, whose numbers would weigh positions; only `arguments` may say so.
+    named = [order for order in orders if ("labels", "mask") not in zip(guesses, order, strict=True)]
+    orders = named or orders
     orders.sort(key=lambda order: (-sum(map(str.__eq__, order, map(str, guesses))), "mask" in order, _rank(order)))
     results: list[list[Parameter]] = []
     for order in orders:

@@ -14,6 +14,7 @@ from fused_kd.loss import FusedKDLoss
 VOCABULARY = 7  # of the smallest inputs
 EQUAL = 1e-9  # value and gradient, in units of them
 
+_LARGE = 4099  # of a dimension
 _DEPTHS = (300.0, -300.0, 1000.0)  # float64 rounds exp(-1000) to 0, as float32 does exp(-104)
 
 # How labels that are ignored and a mask may go together.
@@ -71,10 +72,14 @@ def fresh(
 
 
 def prove(loss: Loss, answer: Answer, positions: Sequence[int], use: LabelUse, padding: str = PADDING[0]) -> Proof:
-    """On inputs of other shapes, two of them with a vocabulary that no top 100 fills, and with columns far below."""
+    """On inputs of other shapes, some of them too large for a top k, a longest length or one chunk of rows, and with
+    columns far below."""
     shapes = [p + 3 for p in positions], [1, *(p + 2 for p in positions[1:])]
     inputs = [data for shape in shapes for data in fresh(shape, use, answer, padding)]
-    inputs += fresh(shapes[0], use, answer, padding, seeds=(53, 54), vocabulary=1009)
+    inputs += fresh(positions, use, answer, padding, seeds=(53, 54), vocabulary=_LARGE)
+    for large in range(len(positions)):
+        shape = [_LARGE if i == large else 2 for i in range(len(positions))]
+        inputs += fresh(shape, use, answer, padding, seeds=(55,))
     worst = difference(loss, answer, inputs)
     deep = [_with_depth(x, answer, depth) for depth in _DEPTHS for x in fresh(shapes[0], use, answer, padding)]
     others = [difference(loss, answer, [data]) for data in deep]

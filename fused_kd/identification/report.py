@@ -86,9 +86,10 @@ class Report:
     """What was found; `str(report)` says it in words.
 
     `proved`: `answer` has the value and the gradient of the loss on fresh inputs, of other shapes too: with finite
-    logits, probabilities down to exp(-300) and 0, up to 1009 columns, labels of which some count, a mask of 0 and 1.
-    What happens beyond is not looked at: a padding label that is a larger class, logits of -inf, a batch in which
-    nothing counts. Without it, `answer` is None or what comes closest, and `ruled_out` says what does not fit.
+    logits, probabilities down to exp(-300) and 0, up to 4099 columns or positions along a dimension, labels of which
+    some count, a mask of 0 and 1. What happens beyond is not looked at: a padding label that is a larger class, logits
+    of -inf, a batch in which nothing counts. Without it, `answer` is None or what comes closest, and `ruled_out` says
+    what does not fit.
     """
 
     proved: bool = False

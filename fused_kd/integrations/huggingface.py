@@ -35,8 +35,10 @@ class DistillationMixin:
     The loss is over all labelled positions of a step, whatever the gradient accumulation, the processes and
     `average_tokens_across_devices`, as the Trainer's own. (Without labels, with soft_on_ignored, or with another
     reduction than "mean" it is the mean of the micro-batches' losses; of positions without a label, those count that
-    are attended to.) The logs have its parts beside it, `soft` and `hard` without their weights, and the entropies in
-    nats. Metrics and `compute_loss(..., return_outputs=True)` get the model's logits, which are made for them alone.
+    are attended to.) What else a model adds to a loss of its own, as mixtures of experts their routers' auxiliary loss,
+    is no part of it. The decoder's inputs that an encoder-decoder makes of labels are made of them for both models. The
+    logs have the loss's parts beside it, `soft` and `hard` without their weights, and the entropies in nats. Metrics
+    and `compute_loss(..., return_outputs=True)` get the model's logits, which are made for them alone.
 
     Args:
         teacher: takes the inputs that the model takes, but for labels. It is called without gradients and in eval mode,
@@ -63,17 +65,22 @@ class DistillationMixin:
         teacher_device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(teacher, Module):
+            raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}; load the model first")
         # (Before the Trainer's constructor, which may already call what it overrides.)
         self.loss_fn = _checked(FusedLinearKDLoss() if loss_fn is None else deepcopy(loss_fn))
         self.teacher = teacher
         self._caps: dict[str, Caps] = {}
         self._loss_only = False
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        self._steps_logged = 0
+        self._first_step = 0  # of those whose parts are summed
         super().__init__(*args, **kwargs)
         self._check_trainer()
-        if teacher is self.model:
-            raise ValueError("teacher is the model itself, which would learn nothing; pass a copy of it")
+        if teacher in [*self.model.modules()] or self.model in [*teacher.modules()]:
+            raise ValueError(
+                "teacher is the model itself, or one is a part of the other (as adapters are put into the model that "
+                "they are for), and would change with it; pass a copy"
+            )
         if getattr(self, "_loss_shifts_labels", False):
             self.loss_fn.shift = True
         self.loss_fn.return_parts, self.loss_fn.entropies = True, log_entropies
@@ -115,12 +122,20 @@ class DistillationMixin:
     ) -> Any:
         given = {k: v for k, v in inputs.items() if k not in _LABELS}
         labels, shift = inputs.get("labels"), self.loss_fn.shift
+        if labels is not None and "decoder_input_ids" not in given and "decoder_inputs_embeds" not in given:
+            # Which encoder-decoders make of the labels, if they get them.
+            decoder_inputs = getattr(
+                self.accelerator.unwrap_model(model), "prepare_decoder_input_ids_from_labels", None
+            )
+            if decoder_inputs is not None:
+                given["decoder_input_ids"] = decoder_inputs(labels=labels)
         if inputs.get("shift_labels") is not None:  # of collators that have shifted them
             labels, shift = inputs["shift_labels"], False
         rest: dict[str, Any] = {"labels": labels}
         # Of a transfer set without labels, or with few, all that is not padding.
-        if "attention_mask" in inputs and (labels is None or self.loss_fn.soft_on_ignored):
-            rest["weights"] = inputs["attention_mask"].to(torch.float32)
+        mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask")
+        if mask is not None and (labels is None or self.loss_fn.soft_on_ignored):
+            rest["weights"] = mask.to(torch.float32)
         scale = None
         if num_items_in_batch is not None and self._by_items:
             rest["num_items"] = num_items_in_batch
@@ -144,6 +159,10 @@ class DistillationMixin:
         outputs = model(**inputs)
         logits = _logits_of(outputs)
         loss_fn = FusedKDLoss(**{**vars(self.loss_fn.options), "shift": shift})
+        if isinstance(outputs, tuple):
+            outputs = (None, *outputs)  # the Trainer takes the first to be the loss
+        if "weights" in rest and rest["weights"].dim() >= logits.dim():
+            rest = {name: value for name, value in rest.items() if name != "weights"}  # one row for a whole sequence
         return loss_fn(logits, teacher_logits.to(logits.device), **rest), outputs
 
     def _from_hidden_states(
@@ -202,9 +221,18 @@ class DistillationMixin:
         self, model: Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         with replaced(self, "_loss_only", prediction_loss_only):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+            loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        if loss is not None and not prediction_loss_only and getattr(self.args, "predict_with_generate", False):
+            # Where Seq2SeqTrainer generates, its loss is the model's own.
+            with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()  # type: ignore[attr-defined]
+        return loss, *rest
 
     # The parts of the loss: sums on the device, which are read when the Trainer reads the loss.
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._sums["train"] = {}  # of an earlier call
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _add(self, result: KDLossOutput, inputs: dict[str, Any], over_a_step: bool) -> None:
         """A part of training is a sum over the micro-batches of a step, one of an evaluation a mean over sequences."""
@@ -215,6 +243,8 @@ class DistillationMixin:
             weight = 1.0 if over_a_step else 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         parts = {name: part for name in _PARTS if (part := getattr(result, name)) is not None}
         sums = self._sums[mode]
+        if mode == "train" and not sums:
+            self._first_step = self.state.global_step
         for name, part in (parts | {_WEIGHT: torch.ones_like(result.loss.detach())}).items():
             sums[name] = part * weight + sums.get(name, 0.0)
 
@@ -228,8 +258,7 @@ class DistillationMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:  # of training
-            steps = max(1, self.state.global_step - self._steps_logged)
-            self._steps_logged = self.state.global_step
+            steps = max(1, self.state.global_step - self._first_step)
             logs |= {name: total / steps for name, total in self._taken("train").items() if name != _WEIGHT}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
