@@ -124,7 +124,7 @@ def fused_kd_loss(
         entropies: with return_parts, the entropies of student and teacher too: each logit is read once more. Of several
             teachers that of their mean, of a SparseTeacher that of its classes.
         process_group: tensor parallelism: the logits are this rank's slice of the vocabulary. Slices lie in the order
-            of the ranks, of any width, student and teacher cut alike; labels are those of the whole vocabulary. Every
+            of the ranks, one column or more, student and teacher cut alike; labels are those of the whole vocabulary. Every
             rank calls with the same positions, labels and weights, gets the loss over the whole vocabulary, to the
             same bits, and the gradient of its slice. Each of several teachers is cut as the student; a `SparseTeacher`
             is whole, with ids of the whole vocabulary, and the same on every rank. In eager mode. Of logits, the "cuda"

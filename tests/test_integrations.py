@@ -318,17 +318,32 @@ def test_a_teacher_of_another_dtype(tmp_path: Path) -> None:
 
 
 def largest_allocation(cls: Any, folder: Path, **options: Any) -> int:
+    return max(allocations(cls, folder, **options))
+
+
+def allocations(cls: Any, folder: Path, **options: Any) -> list[int]:
     trainer, _ = trained(cls, arguments(folder, max_steps=1), count=4, **options)
     inputs = collated(examples(4))
     with torch.profiler.profile(profile_memory=True) as profile:
         trainer.compute_loss(trainer.model.train(), inputs, num_items_in_batch=torch.tensor(60)).backward()
-    return max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    return [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
 
 
 def test_no_logits_are_held(tmp_path: Path) -> None:
     logits = 4 * 4 * LENGTH * VOCABULARY
     assert largest_allocation(DistillationTrainer, tmp_path, loss_fn=linear(chunk_rows=8)) < logits / 2
     assert largest_allocation(EagerTrainer, tmp_path) >= logits
+
+
+def test_of_logits_nothing_is_held_but_the_gradient(tmp_path: Path) -> None:
+    """(What the eager loss makes is of the labelled positions.)"""
+    logits = 4 * 4 * LENGTH * VOCABULARY
+    ours, theirs = (
+        sum(size >= logits // 3 for size in allocations(cls, tmp_path, loss_fn=LOSSES["logits"]))
+        for cls in (DistillationTrainer, EagerTrainer)
+    )
+    assert ours == 3  # the student's, the teacher's, the gradient
+    assert theirs > 10
 
 
 def test_evaluation(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ COMMON: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("beta", "accumulation"), [(0.0, 1), (0.5, 2), (1.0, 1)])
+@pytest.mark.parametrize(("beta", "accumulation"), [(0.0, 1), (0.5, 2), (1.0, 4)])
 def test_gkd_trainer(beta: float, accumulation: int, tokenizer: Any, tmp_path: Path) -> None:
     found = []
     for cls in (gkd.GKDTrainer, ours.GKDTrainer):
@@ -320,7 +320,7 @@ def distilled(cls: Any, tokenizer: Any, folder: Path, beta: float, accumulation:
     return watch
 
 
-@pytest.mark.parametrize(("beta", "accumulation"), [(0.0, 1), (0.5, 2), (1.0, 1)])
+@pytest.mark.parametrize(("beta", "accumulation"), [(0.0, 1), (0.5, 2), (1.0, 4)])
 def test_distillation_trainer(beta: float, accumulation: int, tokenizer: Any, tmp_path: Path) -> None:
     """On-policy: what the student generates is the same as long as its weights are."""
     theirs = distilled(distillation_trainer.DistillationTrainer, tokenizer, tmp_path, beta, accumulation)

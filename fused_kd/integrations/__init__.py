@@ -1,9 +1,18 @@
 """The loss inside the trainers of other packages: a module for each, which needs that package and imports it.
 
-`TESTED` has the versions that the tests run with, and is the one place that pins them.
+`TESTED` has the versions that the tests run with, and is the one place that pins them. Of `TESTED_ALONE` nothing but the
+package itself is installed: tests and examples take a few functions out of these.
 """
 
-TESTED = {"transformers": "5.24.0", "accelerate": "1.15.0", "trl": "1.16.0"}
+TESTED = {"transformers": "5.24.0", "accelerate": "1.15.0", "trl": "1.16.0", "lightning": "2.6.6"}
+TESTED_ALONE = {
+    "torchtune": "0.6.1",
+    "torchdistill": "1.1.5",
+    "timm": "1.0.31",
+    "liger-kernel": "0.8.5",
+    "nvidia-modelopt": "0.47.0",
+    "nemo-automodel": "0.7.0",
+}
 
 
 def missing(package: str, extra: str, error: ImportError) -> ImportError:
