@@ -124,13 +124,13 @@ def fused_kd_loss(
         entropies: with return_parts, the entropies of student and teacher too: each logit is read once more. Of several
             teachers that of their mean, of a SparseTeacher that of its classes.
         process_group: tensor parallelism: the logits are this rank's slice of the vocabulary. Slices lie in the order
-            of the ranks, one column or more, student and teacher cut alike; labels are those of the whole vocabulary. Every
-            rank calls with the same positions, labels and weights, gets the loss over the whole vocabulary, to the
-            same bits, and the gradient of its slice. Each of several teachers is cut as the student; a `SparseTeacher`
-            is whole, with ids of the whole vocabulary, and the same on every rank. In eager mode. Of logits, the "cuda"
-            backend has forward and reverse KL, cross entropy and logit MSE; with the other divergences "auto" takes
-            "torch" there, and for capped logits everywhere. DTensors that are sharded on the vocabulary say it by
-            themselves; their loss is an ordinary tensor, the same on every rank.
+            of the ranks, one column or more, student and teacher cut alike; labels are those of the whole vocabulary.
+            Every rank calls with the same options, positions, labels and weights, gets the loss over the whole
+            vocabulary, to the same bits, and the gradient of its slice. Each of several teachers is cut as the student;
+            a `SparseTeacher` is whole, with ids of the whole vocabulary, and the same on every rank. In eager mode. Of
+            logits, the "cuda" backend has forward and reverse KL, cross entropy and logit MSE; with the other
+            divergences "auto" takes "torch" there, and for capped logits everywhere. DTensors that are sharded on the
+            vocabulary say it by themselves; their loss is an ordinary tensor, the same on every rank.
         backend: "auto", "cpu", "triton", "cuda" or "torch"; "auto" takes the environment variable FUSED_KD_BACKEND,
             else the first that fits. `fused-kd info` lists them.
         num_items: with reduction="mean", divide the sum by this instead: a number or a tensor of one element, such as

@@ -149,11 +149,12 @@ def compute_linear(
     else:
         heads = []
     summed, row = options.reduction != "none", torch.empty_like(counts.targets, dtype=dtype)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student[:3]]
     run = linear_loss
     if options.process_group is not None:
         from fused_kd import parallel  # noqa: PLC0415  (PyTorch may be built without torch.distributed)
 
-        run = partial(parallel.linear_loss, parallel.slices_of(like, teacher, options, eager))
+        run = partial(parallel.linear_loss, parallel.slices_of(like, teacher, options, eager, linear, wanted))
     results: tuple[Tensor, ...] = run(
         *student[:3],
         [*given, *(head.hidden.detach() for head in heads)],
@@ -163,7 +164,7 @@ def compute_linear(
         counts.targets,
         as_vector(counts.coef_soft, row),
         as_vector(counts.coef_hard, row),
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student[:3]],
+        wanted,
         linear.recompute or not summed,
         summed,
         options.entropies,

@@ -325,7 +325,7 @@ def test_a_label_out_of_range(backend: str) -> None:
 
 
 def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes a row, from each rank, and once a call the width of its slice: 8 bytes."""
+    """Bytes a row, from each rank, and once a call 16 bytes: the width of its slice, and what it is called with."""
     student, teacher = make_logits("wide", 100, 90)
     labels = make_labels(100, vocabulary=90)
 
@@ -351,20 +351,20 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
         assert first == second
         return first
 
-    assert bytes_of() == [8, 3600]
-    assert bytes_of(alpha=1.0) == [8, 2400]
-    assert bytes_of(alpha=0.0) == [8, 1600]
-    assert bytes_of(alpha=1.0, divergence="reverse_kl") == [8, 2800]
-    assert bytes_of(alpha=1.0, divergence="logit_mse") == [8, 1200]
-    assert bytes_of(label_smoothing=0.1) == [8, 4400]
-    assert bytes_of(alpha=1.0, divergence="jsd") == [8, 2400, 1600]
+    assert bytes_of() == [16, 3600]
+    assert bytes_of(alpha=1.0) == [16, 2400]
+    assert bytes_of(alpha=0.0) == [16, 1600]
+    assert bytes_of(alpha=1.0, divergence="reverse_kl") == [16, 2800]
+    assert bytes_of(alpha=1.0, divergence="logit_mse") == [16, 1200]
+    assert bytes_of(label_smoothing=0.1) == [16, 4400]
+    assert bytes_of(alpha=1.0, divergence="jsd") == [16, 2400, 1600]
     top = SparseTeacher.from_logits(teacher, 7)
-    assert bytes_of(top, alpha=1.0) == bytes_of(top, alpha=1.0, divergence="jsd") == [8, 1200 + 7 * 400]
-    assert bytes_of(top) == [8, 1200 + 7 * 400 + 1600]
-    assert bytes_of(top, alpha=0.0) == [8, 1600]
+    assert bytes_of(top, alpha=1.0) == bytes_of(top, alpha=1.0, divergence="jsd") == [16, 1200 + 7 * 400]
+    assert bytes_of(top) == [16, 1200 + 7 * 400 + 1600]
+    assert bytes_of(top, alpha=0.0) == [16, 1600]
     several = [teacher, student, teacher]
-    assert bytes_of(several, alpha=1.0) == [8, 3 * 800, 4800]
-    assert bytes_of(several, alpha=1.0, ensemble="geometric") == [8, 4800]
+    assert bytes_of(several, alpha=1.0) == [16, 3 * 800, 4800]
+    assert bytes_of(several, alpha=1.0, ensemble="geometric") == [16, 4800]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -527,6 +527,34 @@ def test_what_it_refuses(options: dict[str, Any], error: type[Exception], words:
             fused_kd_loss(student, teacher, labels, **{"process_group": group, **options})
 
     on_ranks(1, work)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": (2.0, 3.0)}, {"divergence": ("forward_kl", "jsd")}, {"alpha": (1.0, 0.0)}], ids=str
+)
+def test_ranks_that_are_called_otherwise(options: dict[str, tuple[Any, Any]]) -> None:
+    """All say so, and nobody waits."""
+    student, teacher = make_logits("wide", 4, 60)
+    labels = make_labels(4, vocabulary=60)
+
+    def work(rank: int, group: Any) -> None:
+        own = {name: values[rank] for name, values in options.items()}
+        slices = (x.split(30, -1)[rank] for x in (student, teacher))
+        with pytest.raises(ValueError, match=f"the same options.* were not; rank {rank} was with KDOptions"):
+            fused_kd_loss(*slices, labels, process_group=group, **own)
+
+    on_ranks(2, work)
+
+
+def test_rows_that_differ() -> None:
+    student, teacher = make_logits("wide", 4, 60)
+
+    def work(rank: int, group: Any) -> None:
+        slices = (x.split(30, -1)[rank][rank:] for x in (student, teacher))
+        with pytest.raises(ValueError, match="rows and dtypes, but they were not"):
+            fused_kd_loss(*slices, alpha=1.0, process_group=group)
+
+    on_ranks(2, work)
 
 
 def test_slices_that_are_not_cut_alike() -> None:

@@ -25,7 +25,7 @@ several teachers of a float32 student),
     the hard term               16, of which 4 are shared with the soft one but for logit MSE and a sparse teacher,
                                 and 8 with label smoothing
     each of the two entropies   24; that of a sparse teacher nothing
-    the widths of the slices    8 bytes a call
+    the widths of the slices    8 bytes a call, and 8 of what it was called with
 
 `ranks.py` knows who has which columns, `slices.py` has the verbs, `merging.py` the equations.
 """
@@ -91,9 +91,9 @@ def of_dtensors(
     return (student.to_local(), teacher, *vectors), replace(options, process_group=group)
 
 
-def slices_of(student: Tensor, teacher: Teacher, options: KDOptions, eager: bool) -> Slices:
-    """Asks all ranks for the width of their slice. Raises for options that cannot be put together from slices, before
-    that."""
+def slices_of(student: Tensor, teacher: Teacher, options: KDOptions, eager: bool, *others: object) -> Slices:
+    """Asks all ranks for the width of their slice, and whether what they are called with is the same, `others` too.
+    Raises for options that cannot be put together from slices, before that."""
     group = options.process_group
     assert group is not None
     if not eager:
@@ -109,7 +109,9 @@ def slices_of(student: Tensor, teacher: Teacher, options: KDOptions, eager: bool
             f"backend={options.backend!r} has no part of divergence {options.divergence!r} for a slice of the "
             'vocabulary; with process_group it takes another one, or "auto"'
         )
-    return Slices(Ranks.of(group, student))
+    rows, dtypes = tuple(student.shape[:-1]), [x.dtype for x in (student, *teacher.tensors)]
+    call = f"{replace(options, process_group=None)}, {rows}, {dtypes}, {teacher.kind}"
+    return Slices(Ranks.of(group, student, ", ".join([call, *map(str, others)])))
 
 
 def rows_loss(

@@ -1,5 +1,6 @@
 """Who has which columns of a vocabulary that is cut over the ranks of a process group."""
 
+import zlib
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,19 @@ class Ranks(NamedTuple):
     ends: Tensor  # [ranks]: the columns up to the end of each slice
 
     @classmethod
-    def of(cls, group: distributed.ProcessGroup, student: Tensor) -> "Ranks":
-        """Asks all ranks for the width of their slice."""
-        width = torch.full((1,), student.shape[-1], dtype=torch.int64, device=student.device)
-        return cls(group, group.rank(), gathered(width, group).flatten().cumsum(0))
+    def of(cls, group: distributed.ProcessGroup, student: Tensor, call: str) -> "Ranks":
+        """Asks all ranks for the width of their slice, and whether their `call` is the same. Raises ValueError on each
+        if not: they would wait for one another, or find losses of their own. (On a GPU nobody looks: it would wait.)"""
+        numbers = student.shape[-1], zlib.crc32(call.encode())
+        # (As filled tensors: a copy from the CPU would make a GPU wait.)
+        own = torch.stack([torch.full((), x, dtype=torch.int64, device=student.device) for x in numbers])
+        widths, calls = gathered(own, group).unbind(1)
+        if calls.device.type == "cpu" and not calls.eq(calls[0]).all():
+            raise ValueError(
+                "process_group: all ranks must be called with the same options, rows and dtypes, but they were not; "
+                f"rank {group.rank()} was with {call}"
+            )
+        return cls(group, group.rank(), widths.cumsum(0))
 
     @property
     def number(self) -> int:
