@@ -721,6 +721,10 @@ class TestArguments:
         with pytest.raises(ValueError, match="it needs 3 arguments .*Bind the others"):
             identify(lambda student, teacher, T: kl(student, teacher, T).mean())
 
+    def test_models_outputs(self) -> None:
+        with pytest.raises(ValueError, match=r"'logits'. It gets tensors.*SimpleNamespace\(logits=student\)"):
+            identify(lambda student, teacher, labels: kl(student.logits, teacher.logits, 1.0).mean())
+
     def test_by_name(self) -> None:
         def loss(*, labels: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
             return kl(student, teacher, 2.0).mean() + ce(student, labels)

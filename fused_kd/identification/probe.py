@@ -143,7 +143,13 @@ class Loss:
                 self.function(*positional, **{x.name: given[x.role] for x in self.parameters if x.by_name})
             )
         except Exception as error:  # it may raise anything
-            raise ProbeError(f"{type(error).__name__}: {error}") from error
+            hint = ""
+            if isinstance(error, AttributeError) and isinstance(error.obj, Tensor):
+                hint = (
+                    ". It gets tensors: where it takes models' outputs, wrap it: lambda student, teacher, labels: "
+                    f"your_loss(SimpleNamespace({error.name}=student), SimpleNamespace({error.name}=teacher), labels)"
+                )
+            raise ProbeError(f"{type(error).__name__}: {error}{hint}") from error
         if isinstance(value, dict):
             raise ProbeError(f'it returns a dict with {", ".join(map(repr, value))}, and no "loss" among them')
         if not isinstance(value, Tensor) or not value.is_floating_point():
