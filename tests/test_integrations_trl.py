@@ -300,7 +300,7 @@ def test_two_processes(tokenizer: Any, tmp_path: Path) -> None:
 def distilled(cls: Any, tokenizer: Any, folder: Path, beta: float, accumulation: int = 1, max_steps: int = 3) -> Any:
     args = DistillationConfig(
         os.fspath(folder),
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=4 // accumulation,
         gradient_accumulation_steps=accumulation,
         max_completion_length=8,
         beta=beta,
