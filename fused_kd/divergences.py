@@ -219,7 +219,8 @@ _BY_NAME: dict[object, Divergence] = {name: DIVERGENCES[name]() for name in get_
 def divergence_of(value: object) -> Divergence:
     """The object that `value` is or names. Raises ValueError for an unknown name, and for what is not in the list:
     the operators know a divergence by its name and parameters."""
-    if isinstance(value, Divergence) and type(value) in DIVERGENCES.values():
+    # (By its name: that a class is among others torch.compile of PyTorch 2.11 cannot trace.)
+    if isinstance(value, Divergence) and DIVERGENCES.get(getattr(value, "name", "")) is type(value):
         return value
     if not isinstance(value, str) or value not in _BY_NAME:
         needs = ""
