@@ -16,15 +16,13 @@ from torch._C._functorch import is_legacy_batchedtensor
 from fused_kd import teachers
 from fused_kd.backends.rows import RowOptions
 from fused_kd.checks import plain
-from fused_kd.linear_rows import Gradients, Head, Heads, linear_rows, product_dtype, rows_of_first
+from fused_kd.linear_rows import Gradients, Head, Heads, block_rows, linear_rows, product_dtype, rows_of_first
 from fused_kd.operands import check_vectors, with_options
 from fused_kd.ops import no_second_derivative, operator
 from fused_kd.saving import save, saved
 
 if TYPE_CHECKING:
     from fused_kd.parallel.slices import Slices
-
-_BLOCK = 1 << 24  # elements of a gradient that are rounded at a time
 
 
 class _Operands(NamedTuple):
@@ -164,10 +162,9 @@ def _rounded(pieces: Sequence[Tensor], dtype: torch.dtype, by: Tensor | None) ->
     # The gradient is half as large once it is rounded. What is written there was read before.
     out = first.detach().view(dtype).flatten()[: math.prod(shape)].view(shape) if ours and others else None
     out = first.new_empty(shape, dtype=dtype) if out is None else out
-    step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
     begin = 0
     for piece in pieces:
-        for some in torch.split(piece, step):
+        for some in torch.split(piece, block_rows(piece)):
             out[begin : begin + len(some)] = (some if by is None else some * by).to(dtype)
             begin += len(some)
     return out

@@ -11,6 +11,7 @@ S and T come out in float32 on a GPU, as nobody rounds them; a CPU's products ro
 float32 at least, and so is dX: the upstream gradient, which may be a loss scale, comes before they are rounded.
 """
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -258,7 +259,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
         if add:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    for some, of_a in zip(torch.split(out, _block(out)), torch.split(a, _block(out)), strict=True):
+    for some, of_a in zip(torch.split(out, block_rows(out)), torch.split(a, block_rows(out)), strict=True):
         product = of_a @ b
         some.add_(product) if add else some.copy_(product)
     return out
@@ -269,5 +270,6 @@ def _widens(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def _block(x: Tensor) -> int:
-    return max(1, _BLOCK // max(1, x.shape[-1]))
+def block_rows(x: Tensor) -> int:
+    """How many rows are converted at a time."""
+    return max(1, _BLOCK // max(1, math.prod(x.shape[1:])))

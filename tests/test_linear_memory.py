@@ -127,7 +127,7 @@ def test_the_backward_allocates_what_it_returns(
     dtype: torch.dtype, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And of float32 not that, nor the weight's of 16 bits, unless the graph is kept."""
-    monkeypatch.setattr(linear_op, "_BLOCK", 1)
+    monkeypatch.setattr(linear_rows, "_BLOCK", 1)
     x = tracked(operands(dtype))
     loss = loss_of(fused_linear_kd_loss(**x, labels=make_labels(*SHAPE, vocabulary=COLUMNS)))
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -1,7 +1,8 @@
 """The loss inside the trainers of other packages: a module for each, which needs that package and imports it.
 
 `TESTED` has the versions that the tests run with, and is the one place that pins them. Of `TESTED_ALONE` nothing but
-the package itself is installed: tests and examples take a few functions out of these.
+the package itself is installed: tests and examples take a few functions out of these. (`.ci/run` names the torchao that
+torchtune can import.)
 """
 
 TESTED = {"transformers": "5.24.0", "accelerate": "1.15.0", "trl": "1.16.0", "lightning": "2.6.6"}
